@@ -74,6 +74,27 @@ class DatasetSpec:
         return {"bands": self.bands, "scaling": self.scaling, "nodata": self.nodata, "tile_px": self.tile_px}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSpec:
+    """Which tiles train, validate and test, and which of the training tiles count as labelled.
+
+    Lists are files of tile ids, image paths or official two-column lines; what has no list is generated: sorted
+    names, keyed shuffle, cut by `fractions`. Tiles without a mask always belong to the training pool, unlabelled.
+    """
+
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+    by: Literal["official", "tile", "scene", "group"] = "scene"
+    """What stays together: official (the layout's own rule), tile (the published protocol: leaky), scene, or group."""
+    group: str | None = None
+    """For `by: group`: a regular expression on the scene; its first group (or whole match) names the group."""
+    fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    seed: int = 0
+    labels: str = "all"
+    """all, a share (`5%`), a number of tiles (`20`), or a list file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """One fixed crop of a scene, the data set's sample: `id` is `<scene>/<row>_<col>` whatever the layout on disk.
