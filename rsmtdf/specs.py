@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +33,15 @@ STREAMS: tuple[Stream, ...] = ("plain", "weak", "strong", "strong2")
 
 S = TypeVar("S")
 
+_STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+"""How `rsmtdf.config` validates specs out of YAML (read by pydantic, meaningless to anything else)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
     """A data set as data: what its pixels and its labels mean, and how its files lie on disk."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     name: str
     classes: tuple[str, ...]
@@ -82,6 +87,8 @@ class SplitSpec:
     names, keyed shuffle, cut by `fractions`. Tiles without a mask always belong to the training pool, unlabelled.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     train: str | None = None
     val: str | None = None
     test: str | None = None
@@ -119,6 +126,8 @@ class Tile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewRecipe:
     """The augmentation of the paper (design, section 3). Every field is part of the store's identity."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     version: int = 1
     """Changes whenever the same recipe would give other bytes."""
