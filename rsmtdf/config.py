@@ -106,7 +106,7 @@ class TrainConfig(Model):
     steps: int | None = Field(None, ge=1)
     budget: str | None = None
     """`20000-steps`, `20k-steps`, `2h`, `45min`: fitted once and frozen in the run; over `epochs` and `steps`."""
-    batch: int = Field(32, ge=1)
+    batch: int = Field(32, ge=2, multiple_of=2)
     """Labelled images per step over all ranks; as many unlabelled ones join them."""
     micro_batch: int = Field(2, ge=2, multiple_of=2)
     """Of each kind, per forward pass; even, because a CutMix pair never leaves one micro-batch."""
@@ -125,19 +125,30 @@ class TrainConfig(Model):
     """Steps between validations; None: once an epoch of the pool."""
     patience: int | None = Field(None, ge=1)
     """Validations without a better mIoU before training ends; None: never."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
     workers: int = Field(2, ge=1)
     pixel_mismatch: Literal["error", "warn"] = "error"
     """What to do with a view whose pixels differ from those the teachers saw."""
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [key for key in SCHEDULE_KEYS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are all given: a run has one length")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        return self
 
+
+SCHEDULE_KEYS = ("epochs", "steps", "budget")
 RECIPES: dict[str, dict[str, Any]] = {
     # Section 1 of the design: 60 epochs, batch 32 + 32, fp32, thresholds and rates as published.
     "paper": {"epochs": 60, "normalise": "per_rank", "min_token_valid": 0.0, "patience": None},
     # A schedule in steps, frozen in the run; padding is not distilled; stops when validation stops improving.
     "practical": {"steps": 8000, "batch": 16, "min_token_valid": 0.5, "validate_every": 400, "patience": 10},
 }
-SCHEDULE_KEYS = ("epochs", "steps", "budget")
 
 
 class Experiment(Model):

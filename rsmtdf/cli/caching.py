@@ -1,0 +1,219 @@
+"""The sequence behind `rsmtdf plan` and `rsmtdf cache-features`: data, teachers, plan, store, fill, summary."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsmtdf.cli.terminal import Bar, choose_device
+from rsmtdf.cli.workspace import Source, Workspace, open_workspace
+from rsmtdf.config import Experiment, TeacherConfig
+from rsmtdf.errors import ConfigError, StoreNotFound
+from rsmtdf.signals import StopFlag
+from rsmtdf.specs import Teacher
+from rsmtdf.stages import cache as stage
+from rsmtdf.stages.plan import Plan, make_plan, resolve_amounts
+from rsmtdf.store.codecs import CODECS
+from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
+from rsmtdf.teachers.registry import TeacherSource, build_teacher, describe, resolve_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What `plan_cache` worked out and `run_cache` carries out."""
+
+    workspace: Workspace
+    sources: Mapping[str, TeacherSource]
+    plan: Plan
+    out: Path
+    store: FeatureStore | None
+    """The existing store, if there is one."""
+
+
+def select_teachers(experiment: Experiment, names: Sequence[str] | None) -> Experiment:
+    """`experiment` with only the teachers named; a name it lacks is taken as a preset."""
+    if not names:
+        return experiment
+    known = {t.name: t for t in experiment.teachers}
+    chosen = tuple(known.get(name) or TeacherConfig(name=name) for name in names)
+    return experiment.model_copy(update={"teachers": chosen})
+
+
+def student_grid(experiment: Experiment) -> tuple[int, int]:
+    """The student's patch grid for the training crop."""
+    from rsmtdf.student.model import backbone_patch_px
+
+    overrides = tuple(sorted(experiment.student.overrides.items()))
+    side = experiment.views.crop_px // backbone_patch_px(experiment.student.backbone, overrides=overrides)
+    return side, side
+
+
+def teacher_sources(experiment: Experiment) -> dict[str, TeacherSource]:
+    return {t.name: resolve_source(t.preset or t.name, name=t.name, **t.changes()) for t in experiment.teachers}
+
+
+def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float | None = None) -> CacheJob:
+    """Scans the data and says what stage 1 would do. Writes nothing.
+
+    Raises:
+        StoreMismatch: `out` is a store of another identity.
+        ConfigError: it does not fit the disk.
+    """
+    experiment = source.experiment
+    with Bar("scanning tiles", unit="tile") as bar:
+        workspace = open_workspace(source, root=root, progress=bar.update_to)
+    sources = teacher_sources(experiment)
+    grid = student_grid(experiment)
+    codec = CODECS[_known_codec(experiment.cache.codec)]
+    facts = {name: describe(s, student_grid=grid) for name, s in sources.items()}
+    sizes = {name: codec.bytes_per_view(tokens=f.tokens, dim=f.dim) for name, f in facts.items()}
+    store = _existing(out, experiment)
+    free = shutil.disk_usage(_existing_parent(out)).free
+    used = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if store else 0
+    pool, labelled = len(workspace.pool), len(workspace.labelled)
+    amounts = resolve_amounts(
+        cache=experiment.cache,
+        train=experiment.train,
+        pool=pool,
+        labelled=labelled,
+        bytes_per_view=sizes,
+        free_bytes=free,
+        used_bytes=used,
+    )
+    plan = make_plan(
+        amounts=amounts,
+        pool=pool,
+        labelled=labelled,
+        done_views=_views_done(store, list(sources)) if store else 0,
+        bytes_per_view=sizes,
+        shard_views=SHARD_VIEWS,
+        free_bytes=free,
+        seconds_per_view=seconds_per_view,
+    )
+    if plan.new_bytes > free:
+        raise ConfigError(
+            f"{out} would need {plan.new_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there; "
+            f"use another disk (--out), fewer --seeds or fewer --weak-views"
+        )
+    return CacheJob(workspace, sources, plan, out, store)
+
+
+def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
+    """Carries out the plan: creates or opens the store and computes what is missing. Returns the summary."""
+    experiment = job.workspace.experiment
+    torch_device = choose_device(device)
+    grid = student_grid(experiment)
+    # Teachers first: a missing weights file must not leave an empty store behind.
+    teachers: dict[str, Teacher] = {
+        name: build_teacher(s, student_grid=grid, device=torch_device) for name, s in job.sources.items()
+    }
+    say(f"teachers   {', '.join(teachers)} on {torch_device}, {_pace(teachers, experiment, job.plan.new_views)}")
+    store = job.store or FeatureStore.create(
+        job.out,
+        recipe=experiment.views,
+        dataset=experiment.dataset,
+        data_root=str(job.workspace.dataset.root.resolve()),
+        experiment=job.workspace.source.as_dict(),
+    )
+    amounts = job.plan.amounts
+    stage.grow_store(
+        store,
+        pool=job.workspace.pool,
+        labelled=job.workspace.labelled,
+        strong_seeds=amounts.strong_seeds,
+        weak_views=amounts.weak_views,
+        plain=amounts.plain,
+    )
+    maker = stage.view_maker(store, reader=job.workspace.dataset, tiles=_all_tiles(job.workspace))
+    batch, workers = experiment.cache.batch, experiment.cache.workers
+    stage.add_teachers(store, teachers=teachers, maker=maker, codec=experiment.cache.codec, batch=batch, stop=stop)
+    with Bar("caching views", unit="view", total=store.pending_views(list(teachers))) as bar:
+        report = stage.fill_store(
+            store, teachers=teachers, maker=maker, batch=batch, workers=workers, stop=stop, progress=bar.advance
+        )
+    unreadable = {**job.workspace.unreadable, **report.skipped}
+    return {
+        "store": str(job.out),
+        **report.as_dict(),
+        "limited_by": report.limited_by(workers) if report.views else None,
+        "unreadable_tiles": unreadable,
+        "left_out_tiles": job.workspace.left_out,
+        "failed": len(unreadable) > experiment.cache.max_failures,
+    }
+
+
+def summary_text(result: Mapping[str, Any]) -> str:
+    """The end-of-run summary of stage 1."""
+    lines = []
+    if result["views"]:
+        gb = result["bytes_written"] / 1e9
+        lines.append(
+            f"cached     {result['views']:,} views in {result['seconds']:.1f} s ({result['views_per_second']:.1f} "
+            f"views/s, {gb:.2f} GB); limited by {result['limited_by']}"
+        )
+    else:
+        lines.append("cached     nothing to do: every view is there")
+    if result["left_out_tiles"]:
+        lines.append(f"left out   {result['left_out_tiles']:,} tiles with too few valid pixels")
+    for tile, reason in list(result["unreadable_tiles"].items())[:20]:
+        lines.append(f"unreadable {tile}: {reason}")
+    lines.append(f"next       rsmtdf train --cache {result['store']}")
+    return "\n".join(lines)
+
+
+def _all_tiles(workspace: Workspace) -> dict[str, Any]:
+    """Also tiles outside this experiment's lists: a store may hold views of more than one label set."""
+    return {t.id: t for t in workspace.dataset.tiles()}
+
+
+def _existing(out: Path, experiment: Experiment) -> FeatureStore | None:
+    try:
+        store = FeatureStore.open(out, writable=True)
+    except StoreNotFound:
+        return None
+    store.expect(recipe=experiment.views, dataset=experiment.dataset)
+    return store
+
+
+def _views_done(store: FeatureStore, teachers: Sequence[str]) -> int:
+    if any(t not in store.teachers for t in teachers):
+        return 0
+    return sum(s.rows for s in store.segments) - store.pending_views(list(teachers))
+
+
+def _known_codec(name: str) -> str:
+    if name not in CODECS:
+        raise ConfigError(f"codec {name} is not available yet; there is: {', '.join(CODECS)}")
+    return name
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _pace(teachers: Mapping[str, Teacher], experiment: Experiment, views: int) -> str:
+    """A first estimate of the time, from one small batch after a warm-up."""
+    if not views:
+        return "nothing to compute"
+    side = experiment.views.crop_px
+    seconds = 0.0
+    for teacher in teachers.values():
+        pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8, device=getattr(teacher, "device", "cpu"))
+        teacher(pixels).sum().item()
+        begun = time.perf_counter()
+        teacher(pixels).sum().item()
+        seconds += (time.perf_counter() - begun) / 2
+    total = views * seconds
+    return f"about {seconds * 1000:.0f} ms a view: {total / 60:.0f} min" if total > 90 else f"about {total:.0f} s"

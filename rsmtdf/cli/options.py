@@ -1,0 +1,33 @@
+"""Options that several commands share, once each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DatasetName = Annotated[
+    str | None, typer.Option("--dataset", help="A shipped configuration by name (rsmtdf configs ls).")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Your own configuration (rsmtdf init writes one).")]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Folder of the images; else $RSMTDF_DATA/<name>, else as recorded.")
+]
+Labels = Annotated[
+    str | None, typer.Option("--labels", help="Labelled set: all, a share (5%), a number of tiles (20), or a list file.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one value; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+TeacherNames = Annotated[
+    list[str] | None, typer.Option("--teacher", help="Only this teacher of the configuration, or a preset; repeatable.")
+]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Strong views per tile: auto (up to 10), or a number.")]
+WeakViews = Annotated[
+    str | None, typer.Option("--weak-views", help="Weak views per labelled tile: auto (64 to 1000), or a number.")
+]
+MaxGb = Annotated[float | None, typer.Option("--max-gb", help="Size limit of the store; default half the free space.")]
+Codec = Annotated[str | None, typer.Option("--codec", help="How features are kept: fp16.")]

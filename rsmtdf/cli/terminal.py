@@ -1,0 +1,100 @@
+"""What a user sees while work is going on: bars with rate and ETA, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from rsmtdf.errors import ConfigError
+
+PLAIN_EVERY_S = 15.0
+
+
+class Bar:
+    """A tqdm bar on stderr; off a terminal, one plain line every quarter of a minute instead of a smear."""
+
+    def __init__(self, label: str, *, unit: str, total: int | None = None) -> None:
+        self._label, self._unit, self._total = label, unit, total
+        self._plain = not sys.stderr.isatty()
+        self._bar = tqdm(desc=label, unit=unit, total=total, disable=self._plain, leave=False, dynamic_ncols=True)
+        self._done, self._begun, self._said = 0, time.monotonic(), time.monotonic()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self, n: int, bytes_written: int | None = None) -> None:
+        """n more units; `bytes_written` so far is shown as GB."""
+        note = "" if bytes_written is None else f"{bytes_written / 1e9:.2f} GB"
+        self._show(self._done + n, note)
+
+    def update_to(self, done: int, total: int) -> None:
+        if self._total != total:
+            self._total = self._bar.total = total
+        self._show(done, "")
+
+    def step(self, done: int, note: str) -> None:
+        """`done` units, with a note (losses, mask ratio) beside them."""
+        self._show(done, note)
+
+    def _show(self, done: int, note: str) -> None:
+        self._bar.update(done - self._done)
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._done = done
+        now = time.monotonic()
+        if self._plain and now - self._said >= PLAIN_EVERY_S:
+            self._said = now
+            rate = done / max(now - self._begun, 1e-9)
+            left = f", {(self._total - done) / rate:.0f} s left" if self._total and rate else ""
+            print(
+                f"{self._label}: {done:,}/{self._total or '?'} {self._unit}s, {rate:.1f}/s{left} {note}".rstrip(),
+                file=sys.stderr,
+            )
+
+
+def choose_device(name: str) -> Any:
+    """The torch device called `name`; `auto` is the first accelerator there is, else the CPU.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}); --device auto picks one") from error
+    return device
+
+
+def say(text: str) -> None:
+    """A line for the user; results go to stdout only where they were asked for as JSON or are the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(result: Any, *, as_json: bool, text: str) -> None:
+    """The result of a command on stdout: JSON if asked for, else `text`."""
+    print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else text, flush=True)
+
+
+def log_to_stderr() -> None:
+    """Lets the library's log lines through as plain text."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rsmtdf").setLevel(logging.INFO)

@@ -1,0 +1,150 @@
+"""From options to open resources: the experiment, its data set on disk, its tiles, splits and labelled tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsmtdf.cli.configs import shipped_config
+from rsmtdf.config import Experiment, load_experiment, parse_experiment
+from rsmtdf.data.dataset import Dataset, usable_tiles
+from rsmtdf.data.splits import Splits, labelled_tiles, make_splits
+from rsmtdf.errors import ConfigError, DatasetError
+from rsmtdf.specs import Tile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An experiment and the folder its relative paths start from."""
+
+    experiment: Experiment
+    base: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a store or a run records, for `source_from_record`."""
+        return {"config": self.experiment.as_dict(), "base": str(self.base.resolve())}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The data of an experiment, opened."""
+
+    source: Source
+    dataset: Dataset
+    tiles: Mapping[str, Tile]
+    splits: Splits
+    pool: tuple[str, ...]
+    """The tiles of the train list that open, sorted."""
+    labelled: tuple[str, ...]
+    unreadable: Mapping[str, str]
+    left_out: int
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.source.experiment
+
+
+def load_source(*, dataset: str | None, config: Path | None, overrides: Sequence[str]) -> Source:
+    """The experiment of `--dataset NAME` or `--config FILE`.
+
+    Raises:
+        ConfigError: neither or both are given, there is none of that name, or it is invalid.
+    """
+    if (dataset is None) == (config is None):
+        raise ConfigError("give either --dataset NAME (rsmtdf configs ls shows the names) or --config FILE")
+    path = shipped_config(dataset) if dataset is not None else config
+    assert path is not None
+    return Source(load_experiment(path, overrides=overrides), path.parent)
+
+
+def source_from_record(record: Mapping[str, Any], *, overrides: Sequence[str], where: str) -> Source:
+    """The experiment that a store or a run recorded, with `--set` overrides laid over it."""
+    return Source(parse_experiment(record["config"], overrides=overrides, where=where), Path(record["base"]))
+
+
+def with_labels(source: Source, labels: str | None) -> Source:
+    """`source` with another labelled set; a list file given on the command line is relative to where one stands."""
+    if labels is None:
+        return source
+    absolute = str(Path(labels).resolve()) if Path(labels).is_file() else labels
+    splits = dataclasses.replace(source.experiment.splits, labels=absolute)
+    return Source(source.experiment.model_copy(update={"splits": splits}), source.base)
+
+
+def data_root(source: Source, *, root: Path | None, recorded: str | None = None) -> Path:
+    """Where the images are: --root, else $RSMTDF_DATA/<name>, else the configuration's, else the store's.
+
+    Raises:
+        DatasetError: nowhere, or not a folder.
+    """
+    name = source.experiment.dataset.name
+    given = source.experiment.root
+    candidates: list[tuple[str, Path]] = []
+    if base := os.environ.get("RSMTDF_DATA"):
+        candidates.append(("$RSMTDF_DATA", Path(base) / name))
+    if given is not None:
+        candidates.append(("root in the configuration", source.base / given))
+    if recorded:
+        candidates.append(("the store", Path(recorded)))
+    # What is asked for is taken at its word; of the others, the first that exists.
+    candidates = [("--root", root)] if root is not None else sorted(candidates, key=lambda c: not c[1].is_dir())
+    if not candidates:
+        raise DatasetError(
+            f"where are the images of {name}? Give --root DIR, or set RSMTDF_DATA to the folder that holds {name}/, "
+            f"or write root: DIR into the configuration"
+        )
+    origin, path = candidates[0]
+    if not path.is_dir():
+        raise DatasetError(
+            f"the data root {path} (from {origin}) is not a folder; give the folder with the images by --root DIR"
+        )
+    return path
+
+
+def open_workspace(
+    source: Source,
+    *,
+    root: Path,
+    progress: Callable[[int, int], None] | None = None,
+    scan: bool = True,
+) -> Workspace:
+    """Scans the data set, splits it, and names the pool and the labelled tiles.
+
+    Args:
+        scan: also look into files that may hold nodata, and into unreadable ones (stage 1 does, training need not:
+            the store knows which tiles made it).
+    """
+    experiment = source.experiment
+    dataset = Dataset(experiment.dataset, root)
+    tiles = dataset.tiles()
+    if not tiles:
+        raise DatasetError(f"{root} holds no usable images for data set {experiment.dataset.name}")
+    left_out, unreadable = dict(dataset.left_out), {}
+    if scan:
+        usable = usable_tiles(dataset, tiles, workers=experiment.cache.workers, progress=progress)
+        tiles, unreadable = usable.kept, dict(usable.unreadable)
+        left_out.update(usable.left_out)
+    splits = make_splits(dataset, tiles, experiment.splits, base=source.base)
+    labelled = labelled_tiles(
+        dataset, splits.train, experiment.splits.labels, seed=experiment.splits.seed, base=source.base
+    )
+    pool = sorted(splits.train)
+    if experiment.cache.pool == "unlabelled":
+        pool = sorted(set(splits.train) - set(labelled))
+    return Workspace(
+        source=source,
+        dataset=dataset,
+        tiles={t.id: t for t in tiles},
+        splits=splits,
+        pool=tuple(pool),
+        labelled=tuple(labelled),
+        unreadable=unreadable,
+        left_out=len(left_out),
+    )

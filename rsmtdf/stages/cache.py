@@ -1,0 +1,376 @@
+"""Stage 1: run the frozen teachers once over every (tile, augmentation seed) and keep their patch tokens.
+
+`grow_store` writes down which views the store shall hold; `fill_store` computes the missing ones: views from a pool
+of threads, all teachers on the same batch, whole shards by a writer thread. A shard is the unit of work and of
+commit, so a killed run loses at most the shards in flight and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rsmtdf.errors import DatasetError, StoreMismatch
+from rsmtdf.keyed import Draws
+from rsmtdf.signals import StopFlag
+from rsmtdf.specs import Stream, Teacher, Tile, TileReader, ViewRecipe
+from rsmtdf.store.segments import NewSegment
+from rsmtdf.store.statistics import ChannelStatistics
+from rsmtdf.store.store import FeatureStore
+from rsmtdf.views.maker import ViewMaker
+from rsmtdf.views.matching import match_pool
+from rsmtdf.views.params import PARAM_DTYPE, draw_table
+from rsmtdf.views.view import View, view_crc
+
+log = logging.getLogger(__name__)
+
+STATISTICS_VIEWS = 256
+Progress = Callable[[int, int], None]
+"""Called with (views finished, bytes written) after each shard."""
+
+
+@dataclass
+class CacheReport:
+    """How stage 1 went. Seconds are busy time: `view` summed over threads, the others over the one that does them."""
+
+    views: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Tile id -> why its views (and its partners') are missing."""
+    busy: dict[str, float] = field(default_factory=lambda: {"view": 0.0, "teacher": 0.0, "write": 0.0, "wait": 0.0})
+
+    def limited_by(self, workers: int) -> str:
+        """The part that took the longest: teachers, views (per worker) or writing."""
+        shares = {
+            "teachers": self.busy["teacher"],
+            "views": self.busy["view"] / max(workers, 1),
+            "writing": self.busy["write"],
+        }
+        return max(shares, key=lambda k: shares[k])
+
+    def as_dict(self) -> dict[str, Any]:
+        rate = self.views / self.seconds if self.seconds else 0.0
+        return {
+            "views": self.views,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "views_per_second": round(rate, 3),
+            "skipped": self.skipped,
+            "busy_seconds": {k: round(v, 3) for k, v in self.busy.items()},
+        }
+
+
+def grow_store(
+    store: FeatureStore,
+    *,
+    pool: Sequence[str],
+    labelled: Sequence[str],
+    strong_seeds: int,
+    weak_views: int,
+    plain: bool,
+) -> int:
+    """Adds the views that `store` lacks (not their features) and returns how many.
+
+    Strong: `strong_seeds` of every tile of the pool; tiles new to a seed form a new generation, matched within
+    itself. Weak: `weak_views` of every labelled tile. Nothing that exists is touched.
+    """
+    recipe, tile_px = store.recipe, store.dataset.tile_px
+    covered = _coverage(store)
+    new: list[NewSegment] = []
+    for seed in range(strong_seeds):
+        have = covered.get("strong", {})
+        if missing := sorted(t for t in pool if seed not in have.get(t, set())):
+            new.append(_strong_segment(store, recipe, missing, seed=seed, tile_px=tile_px))
+    wanted: list[tuple[Stream, Sequence[str], int]] = [("weak", labelled, weak_views)]
+    if plain:
+        wanted.append(("plain", sorted({*pool, *labelled}), 1))
+    for stream, tiles, views in wanted:
+        counts = {t: len(covered.get(stream, {}).get(t, ())) for t in tiles}
+        for have_views in sorted(set(counts.values())):
+            if have_views < views:
+                group = sorted(t for t in tiles if counts[t] == have_views)
+                seeds = range(have_views, views)
+                new.append(_plain_segment(store, recipe, group, stream=stream, seeds=seeds, tile_px=tile_px))
+    if new:
+        store.extend(new)
+    return sum(len(segment.partner) for segment in new)
+
+
+def view_maker(store: FeatureStore, *, reader: TileReader, tiles: Mapping[str, Tile]) -> ViewMaker:
+    """The maker of `store`'s views; `tiles` holds (at least) every tile of the store by id.
+
+    Raises:
+        DatasetError: the store has views of tiles that are not on disk.
+    """
+    ids = list(store.tile_ids)
+    if gone := [t for t in ids if t not in tiles]:
+        raise DatasetError(
+            f"{store.path} holds views of {len(gone)} tiles that are not in the data set (first: {', '.join(gone[:3])}); "
+            f"give the folder the store was made from with --root"
+        )
+    return ViewMaker(
+        reader=reader,
+        tiles=[tiles[t] for t in ids],
+        tile_index=store.column("tile"),
+        partner=store.column("partner"),
+        params=stored_params(store),
+        recipe=store.recipe,
+    )
+
+
+def stored_params(store: FeatureStore) -> np.ndarray:
+    """The resolved parameters of every row, as one structured array of `PARAM_DTYPE`."""
+    params = np.zeros(store.n_rows, dtype=PARAM_DTYPE)
+    for name in PARAM_DTYPE.names or ():
+        params[name] = store.column(name)
+    return params
+
+
+def add_teachers(
+    store: FeatureStore, *, teachers: Mapping[str, Teacher], maker: ViewMaker, codec: str, batch: int, stop: StopFlag
+) -> None:
+    """Makes room for each teacher, with channel statistics over a keyed sample of at most 256 views.
+
+    A teacher that the store has already must have the same identity.
+
+    Raises:
+        StoreMismatch: the store's teacher of that name differs (each field, expected and found).
+    """
+    for name, teacher in teachers.items():
+        if name in store.teachers:
+            store.expect_teacher(teacher.spec, codec)
+            continue
+        rows = _real_rows(store)
+        sample = np.sort(rows[Draws("statistics", store.identity).permutation(len(rows))[:STATISTICS_VIEWS]])
+        log.info("%s: channel statistics over %d views", name, len(sample))
+        statistics = ChannelStatistics(teacher.spec.dim)
+        for start in range(0, len(sample), batch):
+            stop.check(f"nothing of {name} is stored yet")
+            views = maker.mixed([int(r) for r in sample[start : start + batch]])
+            statistics.update(teacher(_pixels(views, _device_of(teacher))).cpu())
+        store.add_teacher(teacher.spec, codec=codec, statistics=statistics)
+
+
+def fill_store(
+    store: FeatureStore,
+    *,
+    teachers: Mapping[str, Teacher],
+    maker: ViewMaker,
+    batch: int,
+    workers: int,
+    stop: StopFlag,
+    shards: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> CacheReport:
+    """Computes and commits every missing shard (of `shards`, or of the store).
+
+    Raises:
+        StoreMismatch: a view's pixels differ from those recorded when another teacher saw it.
+        Interrupted: a signal came; everything finished is committed, the same command goes on.
+    """
+    started = time.perf_counter()
+    report = CacheReport()
+    todo = [s for s in store.missing_shards(list(teachers)) if shards is None or s in set(shards)]
+    with store.claim(todo), ThreadPoolExecutor(max(workers, 1)) as pool, ThreadPoolExecutor(1) as writer:
+        pending: Future[int] | None = None
+        for shard, rows, made in _made_shards(store, todo, maker, pool, report, ahead=max(workers, 1), stop=stop):
+            waited = time.perf_counter()
+            views = [(row, future.result()) for row, future in zip(rows, made, strict=True)]
+            report.busy["wait"] += time.perf_counter() - waited
+            good = {row: view for row, view in views if isinstance(view, View)}
+            bad = {row: view for row, view in views if isinstance(view, str)}
+            for row, reason in bad.items():
+                report.skipped[maker.tile(row).id] = reason
+            features, batch = _teach(list(good.values()), teachers, batch, report, stop)
+            if pending is not None:
+                report.bytes_written += pending.result()
+            pending = writer.submit(_write, store, shard, good, bad, features, teachers, report)
+            report.views += len(rows)
+            if progress is not None:
+                progress(len(rows), report.bytes_written)
+        if pending is not None:
+            report.bytes_written += pending.result()
+    store.seal()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _made_shards(
+    store: FeatureStore,
+    todo: Sequence[int],
+    maker: ViewMaker,
+    pool: ThreadPoolExecutor,
+    report: CacheReport,
+    *,
+    ahead: int,
+    stop: StopFlag,
+) -> Iterator[tuple[int, list[int], list[Future[View | str]]]]:
+    """Shards with the futures of their views, made at most one shard ahead of the one in hand."""
+    del ahead
+    queue: deque[tuple[int, list[int], list[Future[View | str]]]] = deque()
+    for shard in todo:
+        stop.check(f"stopped; run the same command again to go on ({store.path})")
+        rows = [int(r) for r in store.rows_of_shard(shard)]
+        queue.append((shard, rows, _submit(rows, maker, pool, report)))
+        if len(queue) > 1:
+            yield queue.popleft()
+    yield from queue
+
+
+def _submit(
+    rows: Sequence[int], maker: ViewMaker, pool: ThreadPoolExecutor, report: CacheReport
+) -> list[Future[View | str]]:
+    """One future per row; the two rows of a pair come from one task, so each tile is rendered once."""
+    futures: dict[int, Future[View | str]] = {row: Future() for row in rows}
+
+    def work(unit: tuple[int, ...]) -> None:
+        begun = time.perf_counter()
+        outcome: list[View | str]
+        try:
+            outcome = list(maker.mixed(unit))
+        except DatasetError as error:
+            outcome = [str(error)] * len(unit)
+        except BaseException as error:
+            for row in unit:
+                futures[row].set_exception(error)
+            return
+        for row, view in zip(unit, outcome, strict=True):
+            futures[row].set_result(view)
+        report.busy["view"] += time.perf_counter() - begun
+
+    seen: set[int] = set()
+    for row in rows:
+        if row not in seen:
+            unit = tuple(sorted({row, maker.partner(row)} & set(rows)))
+            seen.update(unit)
+            pool.submit(work, unit)
+    return [futures[row] for row in rows]
+
+
+def _teach(
+    views: Sequence[View], teachers: Mapping[str, Teacher], batch: int, report: CacheReport, stop: StopFlag
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Teacher -> tokens float32 [views, tokens, dim] on the CPU; the batch size is halved when memory runs out."""
+    begun = time.perf_counter()
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in teachers}
+    start = 0
+    while start < len(views):
+        stop.check("stopped; run the same command again to go on")
+        chunk = views[start : start + batch]
+        try:
+            step = {name: teacher(_pixels(chunk, _device_of(teacher))).cpu() for name, teacher in teachers.items()}
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch = max(batch // 2, 1)
+            log.warning("out of memory: going on with batches of %d", batch)
+            continue
+        for name, tokens in step.items():
+            parts[name].append(tokens)
+        start += len(chunk)
+    report.busy["teacher"] += time.perf_counter() - begun
+    return {name: torch.cat(tokens) for name, tokens in parts.items() if tokens}, batch
+
+
+def _write(
+    store: FeatureStore,
+    shard: int,
+    good: Mapping[int, View],
+    bad: Mapping[int, str],
+    features: Mapping[str, torch.Tensor],
+    teachers: Mapping[str, Teacher],
+    report: CacheReport,
+) -> int:
+    begun = time.perf_counter()
+    provenance = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": {name: str(_device_of(t)) for name, t in teachers.items()},
+    }
+    crcs = {row: view_crc(view) for row, view in good.items()}
+    try:
+        return store.write_shard(shard, view_crcs=crcs, skipped=bad, features=features, provenance=provenance)
+    except StoreMismatch as error:
+        raise StoreMismatch(
+            f"{error}\nThe pixels of a view are no longer those that another teacher saw: an image, an image library "
+            f"(Pillow, GDAL's JPEG decoder) or the machine has changed since; see docs/store-format.md"
+        ) from error
+    finally:
+        report.busy["write"] += time.perf_counter() - begun
+
+
+def _pixels(views: Sequence[View], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.stack([v.pixels for v in views])).to(device)
+
+
+def _device_of(teacher: Teacher) -> torch.device:
+    return getattr(teacher, "device", torch.device("cpu"))
+
+
+def _real_rows(store: FeatureStore) -> np.ndarray:
+    return np.concatenate([np.arange(s.row_start, s.row_start + s.rows) for s in store.segments])
+
+
+def _coverage(store: FeatureStore) -> dict[str, dict[str, set[int]]]:
+    """Stream -> tile id -> the seeds it has."""
+    out: dict[str, dict[str, set[int]]] = {}
+    ids = list(store.tile_ids)
+    if not store.segments:
+        return out
+    tile, seed = store.column("tile"), store.column("seed")
+    for segment in store.segments:
+        per_tile = out.setdefault(segment.stream, {})
+        rows = slice(segment.row_start, segment.row_start + segment.rows)
+        for t, s in zip(tile[rows].tolist(), seed[rows].tolist(), strict=True):
+            per_tile.setdefault(ids[t], set()).add(s)
+    return out
+
+
+def _next_generation(store: FeatureStore, stream: str, seed: int) -> int:
+    taken = [s.generation for s in store.segments if s.stream == stream and s.seed_start <= seed < s.seed_start + s.seeds]
+    return max(taken, default=-1) + 1
+
+
+def _strong_segment(
+    store: FeatureStore, recipe: ViewRecipe, tiles: Sequence[str], *, seed: int, tile_px: int
+) -> NewSegment:
+    generation = _next_generation(store, "strong", seed)
+    order, partner = match_pool(recipe, tile_ids=tiles, stream="strong", seed=seed, generation=generation)
+    ordered = [tiles[i] for i in order]
+    table = draw_table(recipe, tile_ids=ordered, tile_px=tile_px, stream="strong", seed=seed)
+    return NewSegment(
+        stream="strong",
+        seed_start=seed,
+        seeds=1,
+        generation=generation,
+        tile_ids=tuple(ordered),
+        columns={name: table[name] for name in PARAM_DTYPE.names or ()},
+        partner=partner,
+    )
+
+
+def _plain_segment(
+    store: FeatureStore, recipe: ViewRecipe, tiles: Sequence[str], *, stream: Stream, seeds: range, tile_px: int
+) -> NewSegment:
+    """Views without partners, seed after seed."""
+    tables = [draw_table(recipe, tile_ids=tiles, tile_px=tile_px, stream=stream, seed=s) for s in seeds]
+    table = np.concatenate(tables)
+    return NewSegment(
+        stream=stream,
+        seed_start=seeds.start,
+        seeds=len(seeds),
+        generation=_next_generation(store, stream, seeds.start),
+        tile_ids=tuple(tiles),
+        columns={name: table[name] for name in PARAM_DTYPE.names or ()},
+        partner=np.arange(len(table), dtype=np.int64),
+    )

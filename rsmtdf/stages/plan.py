@@ -1,0 +1,169 @@
+"""What stage 1 will make and cost, before anything is written: views, bytes, files, hours, break-even."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rsmtdf.config import CacheConfig, TrainConfig
+from rsmtdf.errors import ConfigError
+
+MAX_AUTO_SEEDS = 10
+"""The paper recipe's number of strong seeds, and the ceiling of `--seeds auto`."""
+MIN_AUTO_SEEDS = 3
+WEAK_TOTAL = 20_000
+WEAK_RANGE = (64, 1000)
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How many views a store shall hold."""
+
+    strong_seeds: int
+    weak_views: int
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stage 1 in numbers; `new_*` is what this store still lacks."""
+
+    pool_tiles: int
+    labelled_tiles: int
+    amounts: Amounts
+    views: dict[str, int]
+    """Stream -> views the finished store holds."""
+    new_views: int
+    bytes_per_view: dict[str, int]
+    store_bytes: int
+    new_bytes: int
+    new_files: int
+    free_bytes: int
+    seconds_per_view: float | None
+    """All teachers together, measured on this device; None: not measured."""
+    epochs_to_break_even: float
+
+    @property
+    def hours(self) -> float | None:
+        return None if self.seconds_per_view is None else self.new_views * self.seconds_per_view / 3600
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "hours": self.hours}
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        streams = " + ".join(f"{n:,} {stream}" for stream, n in self.views.items() if n)
+        per_view = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.bytes_per_view.items())
+        time = "not measured" if self.hours is None else _duration(self.hours * 3600)
+        return "\n".join(
+            [
+                f"tiles      {self.pool_tiles:,} in the pool, {self.labelled_tiles:,} labelled",
+                f"views      {streams} = {sum(self.views.values()):,}; {self.new_views:,} to compute",
+                f"per view   {per_view}",
+                f"disk       {self.new_bytes / GB:.2f} GB to write (store {self.store_bytes / GB:.2f} GB, "
+                f"about {self.new_files:,} files); {self.free_bytes / GB:.1f} GB free",
+                f"time       {time}",
+                f"pays off   after {self.epochs_to_break_even:.1f} epochs against teachers in every training step",
+            ]
+        )
+
+
+def resolve_amounts(
+    *,
+    cache: CacheConfig,
+    train: TrainConfig,
+    pool: int,
+    labelled: int,
+    bytes_per_view: Mapping[str, int],
+    free_bytes: int,
+    used_bytes: int = 0,
+) -> Amounts:
+    """The numbers of strong seeds and weak views: as asked, or fitted to the space (design, section 3).
+
+    Args:
+        bytes_per_view: of each teacher in the chosen codec.
+        used_bytes: what the store already occupies; it counts as available, since those views are not made again.
+
+    Raises:
+        ConfigError: `seeds: auto` and fewer than three fit; the message prices the ways out.
+    """
+    size = sum(bytes_per_view.values())
+    budget = cache.max_gb * GB if cache.max_gb is not None else (free_bytes + used_bytes) / 2
+    steps = train.steps if train.epochs is None else None
+    if cache.weak_views == "auto":
+        weak = min(max(WEAK_TOTAL // max(labelled, 1), WEAK_RANGE[0]), WEAK_RANGE[1])
+        if steps:
+            # A run can show each labelled tile no more views than it has turns for.
+            weak = min(weak, max(math.ceil(steps * train.batch / max(labelled, 1)), 1))
+        while weak > WEAK_RANGE[0] and weak * labelled * size > budget / 2:
+            weak = max(weak // 2, WEAK_RANGE[0])
+    else:
+        weak = cache.weak_views
+    if cache.seeds != "auto":
+        return Amounts(cache.seeds, weak, cache.plain)
+    room = budget - weak * labelled * size - (pool * size if cache.plain else 0)
+    seeds = min(int(room // max(pool * size, 1)), MAX_AUTO_SEEDS)
+    if seeds < MIN_AUTO_SEEDS:
+        raise ConfigError(_no_room(cache, pool, labelled, weak, size, budget))
+    return Amounts(seeds, weak, cache.plain)
+
+
+def make_plan(
+    *,
+    amounts: Amounts,
+    pool: int,
+    labelled: int,
+    done_views: int,
+    bytes_per_view: Mapping[str, int],
+    shard_views: int,
+    free_bytes: int,
+    seconds_per_view: float | None = None,
+) -> Plan:
+    """The plan for a store of `amounts` of which `done_views` exist for every teacher."""
+    views = {
+        "strong": amounts.strong_seeds * pool,
+        "weak": amounts.weak_views * labelled,
+        "plain": pool if amounts.plain else 0,
+    }
+    total = sum(views.values())
+    new = max(total - done_views, 0)
+    size = sum(bytes_per_view.values())
+    shards = math.ceil(new / shard_views) if new else 0
+    return Plan(
+        pool_tiles=pool,
+        labelled_tiles=labelled,
+        amounts=amounts,
+        views=views,
+        new_views=new,
+        bytes_per_view=dict(bytes_per_view),
+        store_bytes=total * size,
+        new_bytes=new * size,
+        # Per shard: data, status and provenance of each teacher, and the views' own status.
+        new_files=shards * (3 * len(bytes_per_view) + 1),
+        free_bytes=free_bytes,
+        seconds_per_view=seconds_per_view,
+        # An online epoch sends the strong view and a labelled one through the teachers for each tile of the pool.
+        epochs_to_break_even=total / (2 * pool) if pool else 0.0,
+    )
+
+
+def _no_room(cache: CacheConfig, pool: int, labelled: int, weak: int, size: int, budget: float) -> str:
+    def need(n: int, scale: float = 1.0, tiles: int = pool) -> float:
+        return (n * tiles + weak * labelled) * size * scale / GB
+
+    fits = max(int((budget / size - weak * labelled) // MIN_AUTO_SEEDS), 0)
+    return (
+        f"{budget / GB:.1f} GB hold fewer than {MIN_AUTO_SEEDS} strong seeds of {pool:,} tiles in {cache.codec} "
+        f"({need(MIN_AUTO_SEEDS):.1f} GB). Ways out: --seeds 1 or 2 ({need(1):.1f} or {need(2):.1f} GB, weaker "
+        f"augmentation); a pool of at most {fits:,} tiles; fewer --weak-views (now {weak} for each of {labelled:,} "
+        f"labelled tiles); --max-gb {math.ceil(need(MIN_AUTO_SEEDS))} with --out on a larger disk"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

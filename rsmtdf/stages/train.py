@@ -1,0 +1,414 @@
+"""Stage 2: the one training loop. It takes its targets from a `FeatureSource` and never meets a teacher.
+
+Everything random is keyed by (seed, step), so a run that was killed and resumed ends in the same bits on the CPU.
+The EMA student is validated, selected and kept; `last` holds all that going on needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rsmtdf.config import Experiment, TrainConfig
+from rsmtdf.errors import StoreIncomplete, TrainingError
+from rsmtdf.learning.batch import MicroBatch, Reduce
+from rsmtdf.learning.budget import parse_budget, total_steps
+from rsmtdf.learning.checkpoint import load_state, save_state
+from rsmtdf.learning.ema import make_ema
+from rsmtdf.learning.methods import METHODS, MethodConfig
+from rsmtdf.learning.optim import build_optimiser
+from rsmtdf.learning.run import RunFolder
+from rsmtdf.learning.sampler import Schedule
+from rsmtdf.learning.step import train_step
+from rsmtdf.pixels import normalise
+from rsmtdf.signals import Interrupted, StopFlag
+from rsmtdf.specs import FeatureSource
+from rsmtdf.store.status import DONE, state_of
+from rsmtdf.store.store import FeatureStore
+from rsmtdf.student.artifact import save_student
+from rsmtdf.student.model import Student, build_student, load_backbone
+from rsmtdf.student.spec import StudentSpec
+from rsmtdf.views.batches import BatchMaker, PixelCheck, ViewBatch
+from rsmtdf.views.maker import ViewMaker
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_STEPS = 3
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, a note) after each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+    reduce: Reduce | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything a run works with, opened by the caller."""
+
+    experiment: Experiment
+    store: FeatureStore
+    source: FeatureSource | None
+    """None for methods without teachers."""
+    maker: ViewMaker
+    labelled: Sequence[str]
+    pool: Sequence[str]
+    student_spec: StudentSpec
+    backbone: Mapping[str, torch.Tensor] | None
+    """Pretrained weights of the backbone; None starts from keyed random ones."""
+    meta: Mapping[str, Any]
+    """Goes into the student's file: data set, recipe, crop."""
+    run: RunFolder
+    device: torch.device
+    validate: Callable[[Student], dict[str, Any]] | None
+    """Scores a student on the validation tiles; None where there are none."""
+    ranks: Ranks = Ranks()
+
+
+@dataclass
+class _Progression:
+    """What a resume needs besides weights."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    """Validations since the best one."""
+
+
+def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains to the end of the schedule (or of patience) and returns the summary.
+
+    Raises:
+        StoreIncomplete: a labelled tile has no weak views in the store.
+        TrainingError: too few tiles, or the loss is not finite; the last good state is kept.
+        Interrupted: a signal came; the state is saved and `--resume` goes on from it.
+    """
+    config = job.experiment.train
+    schedule = build_schedule(job)
+    student = build_student(job.student_spec, seed=config.seed)
+    if job.backbone is not None:
+        load_backbone(student, job.backbone)
+    student.to(job.device).train()
+    ema = make_ema(student)
+    optimiser = build_optimiser(
+        student,
+        lr=config.backbone_lr,
+        head_multiple=config.head_lr_factor,
+        weight_decay=config.weight_decay,
+        fused=job.device.type == "cuda",
+    )
+    at = _Progression()
+    frozen = job.run.state().get("total_steps")
+    if resume and job.run.last.exists():
+        at = _Progression(**load_state(job.run.last, student=student, ema=ema, optimiser=optimiser))
+        job.run.cut_records(at.step)
+    loop = _Loop(job, schedule, student, ema, optimiser, at)
+    total = int(frozen) if resume and frozen else loop.length()
+    if job.ranks.rank == 0:
+        job.run.write_state("running", total_steps=total, steps_per_epoch=schedule.steps_per_epoch)
+    return loop.run(total, stop=stop, progress=progress)
+
+
+def build_schedule(job: TrainJob) -> Schedule:
+    """The rows of every step, from the store's columns.
+
+    Raises:
+        StoreIncomplete: a labelled tile has no weak views.
+        TrainingError: nothing labelled, or fewer tiles than a batch.
+    """
+    config = job.experiment.train
+    micro = config.micro_batch * job.ranks.world
+    if config.batch % micro:
+        raise TrainingError(
+            f"a batch of {config.batch} cannot be cut into micro-batches of {config.micro_batch} on "
+            f"{job.ranks.world} ranks; set train.batch to a multiple of {micro}"
+        )
+    usable = _usable_rows(job.store)
+    ids = list(job.store.tile_ids)
+    position = {t: i for i, t in enumerate(ids)}
+    tile, partner = job.store.column("tile"), job.store.column("partner")
+    in_pool = np.isin(tile, [position[t] for t in job.pool if t in position])
+    weak: dict[int, list[np.ndarray]] = {position[t]: [] for t in job.labelled if t in position}
+    pairs: dict[int, list[np.ndarray]] = {}
+    for segment in job.store.segments:
+        rows = np.arange(segment.row_start, segment.row_start + segment.rows)
+        rows = rows[usable[rows]]
+        if segment.stream == "weak":
+            for index, found in weak.items():
+                found.append(rows[tile[rows] == index])
+        elif segment.stream == "strong":
+            firsts = rows[(partner[rows] > rows) & usable[partner[rows]] & in_pool[rows] & in_pool[partner[rows]]]
+            both = np.stack([firsts, partner[firsts]], axis=1)
+            pairs.setdefault(segment.seed_start, []).append(both)
+    table = {t: np.concatenate(weak[position[t]]) if t in position and weak[position[t]] else [] for t in job.labelled}
+    if lacking := [t for t, rows in table.items() if not len(rows)]:
+        raise StoreIncomplete(
+            f"{job.store.path} has no weak views of {len(lacking)} of {len(table)} labelled tiles (first: "
+            f"{', '.join(lacking[:3])}); add them with the same rsmtdf cache-features command and these --labels"
+        )
+    width = max((len(rows) for rows in table.values()), default=0)
+    matrix = np.full((len(table), width), -1, dtype=np.int64)
+    for i, name in enumerate(sorted(table)):
+        matrix[i, : len(table[name])] = table[name]
+    joined = {seed: np.concatenate(parts) for seed, parts in pairs.items()}
+    return Schedule(pairs=joined, weak=matrix, batch=config.batch, seed=config.seed)
+
+
+class _Loop:
+    """One run's loop; its parts share too much for free functions."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        schedule: Schedule,
+        student: Student,
+        ema: Student,
+        optimiser: torch.optim.Optimizer,
+        at: _Progression,
+    ) -> None:
+        config = job.experiment.train
+        self._job, self._schedule, self._at = job, schedule, at
+        self._student, self._ema, self._optimiser = student, ema, optimiser
+        self._method = METHODS[config.method]
+        self._settings = MethodConfig(
+            conf_threshold=config.conf_threshold, distill_loss=config.distill_loss, normalise=config.normalise
+        )
+        check = None
+        if job.source is not None:
+            expected = (job.store.view_status() & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+            check = PixelCheck(expected, strict=config.pixel_mismatch == "error", where=str(job.store.path))
+        self._check = check
+        self._maker = BatchMaker(maker=job.maker, check=check, workers=config.workers)
+        self._feature_wait = 0.0
+
+    def length(self) -> int:
+        """The number of steps; a budget in time is measured on copies, so that the run itself is unaffected."""
+        config, schedule = self._job.experiment.train, self._schedule
+        seconds = None
+        if config.budget and parse_budget(config.budget)[0] == "seconds":
+            student, ema = copy.deepcopy(self._student), copy.deepcopy(self._ema)
+            trial = _Loop(self._job, schedule, student, ema, build_optimiser(student), _Progression())
+            seconds = trial.step_seconds()
+        return total_steps(
+            epochs=config.epochs,
+            steps=config.steps,
+            budget=config.budget,
+            steps_per_epoch=schedule.steps_per_epoch,
+            step_seconds=seconds,
+        )
+
+    def step_seconds(self) -> float:
+        """The median duration of a few steps after a warm-up; changes this loop's student."""
+        durations = []
+        begun = time.perf_counter()
+        for step, batches in zip(range(1 + CALIBRATION_STEPS), self._micro_batches(0, 1 + CALIBRATION_STEPS)):
+            float(self._one_step(step, CALIBRATION_STEPS + 1, batches)["loss"])
+            durations.append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+        self._maker.close()
+        return sorted(durations[1:])[CALIBRATION_STEPS // 2]
+
+    def run(self, total: int, *, stop: StopFlag, progress: Progress | None) -> dict[str, Any]:
+        job, config, at = self._job, self._job.experiment.train, self._at
+        every = config.validate_every or self._schedule.steps_per_epoch
+        begun, first = time.perf_counter(), at.step
+        patience_out = False
+        try:
+            for step, batches in zip(range(at.step, total), self._micro_batches(at.step, total)):
+                terms = self._one_step(step, total, batches)
+                at.step = step + 1
+                last = at.step == total
+                if at.step % config.log_every == 0 or at.step == first + 1 or last:
+                    self._record(terms)
+                if progress is not None:
+                    progress(at.step, total, self._note(terms, begun) if at.step % config.log_every == 0 else "")
+                if at.step % every == 0 or last:
+                    self._keep(self._validate(terms), final=last)
+                    patience_out = config.patience is not None and at.stale >= config.patience
+                if self._agreed(bool(stop)):
+                    self._keep(None, final=False)
+                    message = f"stopped at step {at.step} of {total}; go on with --out {job.run.path} --resume"
+                    job.run.write_state("interrupted", step=at.step)
+                    raise Interrupted(stop.signum or 15, message)
+                if patience_out:
+                    log.info("no better mIoU for %d validations: ending at step %d", config.patience, at.step)
+                    break
+        except TrainingError:
+            job.run.write_state("failed", step=at.step)
+            raise
+        finally:
+            self._maker.close()
+        return self._summary(total, time.perf_counter() - begun, first)
+
+    def _micro_batches(self, start: int, stop: int) -> Iterator[list[ViewBatch]]:
+        size, ranks = self._job.experiment.train.micro_batch, self._job.ranks
+
+        def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for step in range(start, stop):
+                for part in self._schedule.rows(step).micro_batches(size, rank=ranks.rank, world=ranks.world):
+                    yield part.labelled, part.strong
+
+        made = self._maker.batches(rows())
+        per_step = self._job.experiment.train.batch // (size * ranks.world)
+        for _ in range(start, stop):
+            yield [next(made) for _ in range(per_step)]
+
+    def _one_step(self, step: int, total: int, batches: Sequence[ViewBatch]) -> dict[str, torch.Tensor]:
+        config = self._job.experiment.train
+        return train_step(
+            student=self._student,
+            ema=self._ema,
+            optimiser=self._optimiser,
+            method=self._method,
+            config=self._settings,
+            micro_batches=[self._to_device(b) for b in batches],
+            step=step,
+            total_steps=total,
+            poly_power=config.poly_power,
+            ema_decay=config.ema_ratio,
+            reduce=self._job.ranks.reduce,
+            autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        )
+
+    def _to_device(self, batch: ViewBatch) -> MicroBatch:
+        device, source = self._job.device, self._job.source
+        labelled = torch.from_numpy(batch.labelled).to(device, non_blocking=True)
+        strong = torch.from_numpy(batch.strong).to(device, non_blocking=True)
+        targets: Mapping[str, torch.Tensor] = {}
+        if source is not None and self._method.needs_targets:
+            rows = np.concatenate([batch.labelled_rows, batch.strong_rows])
+            begun = time.perf_counter()
+            targets = source.fetch(rows, torch.cat([labelled, strong]) if source.needs_pixels else None)
+            self._feature_wait += time.perf_counter() - begun
+        return MicroBatch(
+            labelled=normalise(labelled),
+            labels=torch.from_numpy(batch.labels).to(device).long(),
+            weak=normalise(torch.from_numpy(batch.weak).to(device, non_blocking=True)),
+            strong=normalise(strong),
+            valid=torch.from_numpy(batch.valid).to(device),
+            partner=torch.from_numpy(batch.partner).to(device),
+            box=torch.from_numpy(batch.box).to(device),
+            targets=targets,
+        )
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any rank was told to stop: all ranks must leave the loop at the same step."""
+        reduce = self._job.ranks.reduce
+        if reduce is None:
+            return stop
+        flag = torch.tensor([int(stop)], device=self._job.device)
+        reduce(flag)
+        return bool(flag.item())
+
+    def _record(self, terms: Mapping[str, torch.Tensor]) -> None:
+        self._check_finite(terms)
+        if self._job.ranks.rank == 0:
+            lr = [group["lr"] for group in self._optimiser.param_groups]
+            values = {name: float(v) for name, v in terms.items()}
+            self._job.run.record("train", self._at.step, lr=lr, **values)
+
+    def _check_finite(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Before anything of this step is kept."""
+        if not math.isfinite(loss := float(terms["loss"])):
+            raise TrainingError(
+                f"the loss at step {self._at.step} is {loss}; the last good state is {self._job.run.last}. "
+                f"Lower train.backbone_lr or train.head_lr_factor, or train in float32"
+            )
+
+    def _note(self, terms: Mapping[str, torch.Tensor], begun: float) -> str:
+        wait = (self._maker.wait_seconds + self._feature_wait) / max(time.perf_counter() - begun, 1e-9)
+        shown = [f"loss {float(terms['loss']):.3f}"]
+        if "mask_ratio" in terms:
+            shown.append(f"mask {float(terms['mask_ratio']):.2f}")
+        if self._at.best is not None:
+            shown.append(f"best mIoU {100 * self._at.best:.1f}")
+        return ", ".join([*shown, f"data-wait {wait:.0%}"])
+
+    def _validate(self, terms: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+        self._check_finite(terms)
+        if self._job.validate is None or self._job.ranks.rank != 0:
+            return None
+        result = self._job.validate(self._ema)
+        self._job.run.record("val", self._at.step, miou=result["miou"], per_class=result["per_class"])
+        return result
+
+    def _keep(self, result: Mapping[str, Any] | None, *, final: bool) -> None:
+        """Commits `best` (if it is), then `last`."""
+        job, at = self._job, self._at
+        if job.ranks.rank != 0:
+            return
+        if result is not None:
+            miou = result["miou"] or 0.0
+            if at.best is None or miou > at.best:
+                at.best, at.best_step, at.stale = miou, at.step, 0
+                self._save_student()
+            else:
+                at.stale += 1
+        elif final and job.validate is None:
+            self._save_student()
+        save_state(job.run.last, student=self._student, ema=self._ema, optimiser=self._optimiser, state=vars(at))
+        job.run.write_state("running", step=at.step, best_miou=at.best, best_step=at.best_step)
+
+    def _save_student(self) -> None:
+        facts = {"step": self._at.step, "val_miou": self._at.best, "weights": "ema"}
+        save_student(self._job.run.best, self._ema, meta={**self._job.meta, "run": facts})
+
+    def _summary(self, total: int, seconds: float, first: int) -> dict[str, Any]:
+        job, at, config = self._job, self._at, self._job.experiment.train
+        steps = at.step - first
+        wait = self._maker.wait_seconds
+        store = self._feature_wait
+        compute = max(seconds - wait - store, 0.0)
+        shares = {"compute": compute, "views": wait, "store": store}
+        result = {
+            "run": str(job.run.path),
+            "method": config.method,
+            "steps": at.step,
+            "total_steps": total,
+            "best_miou": at.best,
+            "best_step": at.best_step,
+            "selected_on": "val" if job.validate is not None else "nothing: no validation labels, the last weights are kept",
+            "seconds": round(seconds, 2),
+            "images_per_second": round(steps * 2 * config.batch / seconds, 2) if seconds else None,
+            "shares": {name: round(v / seconds, 4) if seconds else 0.0 for name, v in shares.items()},
+            "limited_by": max(shares, key=lambda k: shares[k]),
+            "peak_memory_bytes": peak_memory(job.device),
+            "differing_views": len(self._check.differing) if self._check else 0,
+        }
+        if job.ranks.rank == 0:
+            job.run.write_state("finished", step=at.step, best_miou=at.best, best_step=at.best_step, summary=result)
+        return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes on the device, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _usable_rows(store: FeatureStore) -> np.ndarray:
+    """bool [rows]: views whose pixels were made (stage 1 recorded their crc)."""
+    return state_of(store.view_status()) == DONE
+
+
+def resumable_config(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share with its first part."""
+    return {k: v for k, v in config.model_dump(mode="json").items() if k not in {"workers", "log_every"}}

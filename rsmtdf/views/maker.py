@@ -1,0 +1,89 @@
+"""Views of store rows: the one place where stage 1 and stage 2 turn (row, stored parameters) into pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rsmtdf.specs import Tile, TileReader, ViewRecipe
+from rsmtdf.views.view import View, paste, render, render_label
+
+_PHOTOMETRIC = ("jitter", "grey", "blur_radius", "cut_y", "cut_x", "cut_h", "cut_w")
+
+
+class ViewMaker:
+    """Makes the views that rows of a store stand for, from the tiles and the *stored* parameters (replay).
+
+    Thread-safe as far as `reader` is: it holds no mutable state of its own.
+
+    Args:
+        reader: reads tiles.
+        tiles: the tiles, in the order that `tile_index` counts.
+        tile_index: int [rows], each row's tile.
+        partner: int64 [rows], the row a view's CutMix box comes from; the row itself where there is none.
+        params: structured [rows], `PARAM_DTYPE`.
+        recipe: the store's.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: TileReader,
+        tiles: Sequence[Tile],
+        tile_index: np.ndarray,
+        partner: np.ndarray,
+        params: np.ndarray,
+        recipe: ViewRecipe,
+    ) -> None:
+        self._reader, self._tiles, self._recipe = reader, tiles, recipe
+        self._tile_index, self._partner, self._params = tile_index, partner, params
+
+    def tile(self, row: int) -> Tile:
+        return self._tiles[int(self._tile_index[row])]
+
+    def partner(self, row: int) -> int:
+        return int(self._partner[row])
+
+    def box(self, row: int) -> tuple[int, int, int, int]:
+        """The CutMix box (y, x, h, w) of `row` in pixels; h = 0 where nothing is pasted."""
+        p = self._params[row]
+        if self.partner(row) == row:
+            return 0, 0, 0, 0
+        return int(p["cut_y"]), int(p["cut_x"]), int(p["cut_h"]), int(p["cut_w"])
+
+    def unmixed(self, row: int) -> View:
+        """The view of `row` before any paste."""
+        image, valid = self._reader.read_image(self.tile(row))
+        return render(image, valid, self._params[row], recipe=self._recipe)
+
+    def mixed(self, rows: Sequence[int]) -> list[View]:
+        """The finished views of `rows`, each tile rendered once where partners are both among them."""
+        plain: dict[int, View] = {}
+
+        def base(row: int) -> View:
+            if row not in plain:
+                plain[row] = self.unmixed(row)
+            return plain[row]
+
+        out = []
+        for row in rows:
+            view = base(row)
+            if self.box(row)[2]:
+                view = paste(view, base(self.partner(row)), self._params[row])
+            out.append(view)
+        return out
+
+    def weak(self, row: int) -> View:
+        """The geometry of `row` alone: the weak view that belongs to a strong one (same tile, same seed)."""
+        image, valid = self._reader.read_image(self.tile(row))
+        params = self._params[row].copy()
+        for name in _PHOTOMETRIC:
+            params[name] = 0
+        return render(image, valid, params, recipe=self._recipe)
+
+    def label(self, row: int) -> np.ndarray:
+        """Class indices uint8 [crop, crop] in the geometry of `row`; 255 where ignored or not valid."""
+        tile = self.tile(row)
+        _, valid = self._reader.read_image(tile)
+        return render_label(self._reader.read_label(tile), valid, self._params[row], recipe=self._recipe)
