@@ -190,7 +190,7 @@ def test_a_model_that_is_no_vit_is_refused():
 
 
 def test_a_hierarchical_transformer_is_refused():
-    with pytest.raises(ConfigError, match="not a plain vision transformer|cannot be built"):
+    with pytest.raises(ConfigError, match=r"not a plain vision transformer|cannot be built"):
         build_vit("swin_tiny_patch4_window7_224", img_px=(224, 224), pos_embed="official")
 
 
