@@ -15,7 +15,8 @@ Root = Annotated[
     Path | None, typer.Option("--root", help="Folder of the images; else $RSMTDF_DATA/<name>, else as recorded.")
 ]
 Labels = Annotated[
-    str | None, typer.Option("--labels", help="Labelled set: all, a share (5%), a number of tiles (20), or a list file.")
+    str | None,
+    typer.Option("--labels", help="Labelled set: all, a share (5%), a number of tiles (20), or a list file."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 Set = Annotated[

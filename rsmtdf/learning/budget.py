@@ -23,7 +23,9 @@ def parse_budget(text: str) -> tuple[str, float]:
         seconds = float(match[1]) * _SECONDS[match[2]]
         if seconds > 0:
             return "seconds", seconds
-    raise ConfigError(f"budget {text!r} is neither a time (45min, 2h, 1.5d) nor a number of steps (20000-steps, 20k-steps)")
+    raise ConfigError(
+        f"budget {text!r} is neither a time (45min, 2h, 1.5d) nor a number of steps (20000-steps, 20k-steps)"
+    )
 
 
 def total_steps(

@@ -337,7 +337,9 @@ def _coverage(store: FeatureStore) -> dict[str, dict[str, set[int]]]:
 
 
 def _next_generation(store: FeatureStore, stream: str, seed: int) -> int:
-    taken = [s.generation for s in store.segments if s.stream == stream and s.seed_start <= seed < s.seed_start + s.seeds]
+    taken = [
+        s.generation for s in store.segments if s.stream == stream and s.seed_start <= seed < s.seed_start + s.seeds
+    ]
     return max(taken, default=-1) + 1
 
 

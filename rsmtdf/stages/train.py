@@ -234,7 +234,7 @@ class _Loop:
                 terms = self._one_step(step, total, batches)
                 at.step = step + 1
                 last = at.step == total
-                if at.step % config.log_every == 0 or at.step == first + 1 or last:
+                if at.step % config.log_every == 0 or at.step == 1 or last:
                     self._record(terms)
                 if progress is not None:
                     progress(at.step, total, self._note(terms, begun) if at.step % config.log_every == 0 else "")
@@ -383,7 +383,9 @@ class _Loop:
             "total_steps": total,
             "best_miou": at.best,
             "best_step": at.best_step,
-            "selected_on": "val" if job.validate is not None else "nothing: no validation labels, the last weights are kept",
+            "selected_on": "val"
+            if job.validate is not None
+            else "nothing: no validation labels, the last weights are kept",
             "seconds": round(seconds, 2),
             "images_per_second": round(steps * 2 * config.batch / seconds, 2) if seconds else None,
             "shares": {name: round(v / seconds, 4) if seconds else 0.0 for name, v in shares.items()},

@@ -1,0 +1,346 @@
+"""`rsmtdf`: the command line. Bodies only: they load what they need when called, so that --help stays instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rsmtdf.cli.options import (
+    Codec,
+    ConfigFile,
+    DatasetName,
+    Device,
+    Json,
+    Labels,
+    MaxGb,
+    Root,
+    Seeds,
+    Set,
+    TeacherNames,
+    WeakViews,
+)
+from rsmtdf.cli.terminal import log_to_stderr, say, show
+from rsmtdf.errors import RsmtdfError
+
+app = typer.Typer(
+    name="rsmtdf",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Land-cover maps from a few labels.\n\nFrozen vision foundation models look at your images once "
+    "(cache-features); a small student learns from their cached features and your few labels (train); it draws "
+    "the map (predict). Start with: rsmtdf demo, or rsmtdf init DIR for your own images.",
+)
+cache_app = typer.Typer(no_args_is_help=True, help="Look into a feature store.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at images and masks before anything is computed.")
+configs_app = typer.Typer(no_args_is_help=True, help="The configurations that come with rsmtdf.")
+teachers_app = typer.Typer(no_args_is_help=True, help="The teachers that rsmtdf knows by name.")
+app.add_typer(cache_app, name="cache")
+app.add_typer(data_app, name="data")
+app.add_typer(configs_app, name="configs")
+app.add_typer(teachers_app, name="teachers")
+
+Out = Annotated[Path, typer.Option("--out", help="The feature store.")]
+Run = Annotated[Path, typer.Argument(help="A run folder, as train made it.")]
+Store = Annotated[Path, typer.Argument(help="A feature store.")]
+
+
+@app.command("plan")
+def plan(
+    dataset: DatasetName = None,
+    config: ConfigFile = None,
+    root: Root = None,
+    labels: Labels = None,
+    out: Out = Path("feats.zarr"),
+    seeds: Seeds = None,
+    weak_views: WeakViews = None,
+    teacher: TeacherNames = None,
+    codec: Codec = None,
+    max_gb: MaxGb = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """What cache-features would make and cost: views, gigabytes, files, break-even. Writes nothing."""
+    from rsmtdf.cli.caching import plan_cache
+
+    source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, set_)
+    job = plan_cache(source, root=where, out=out)
+    show(job.plan.as_dict(), as_json=as_json, text=job.plan.text())
+
+
+@app.command("cache-features")
+def cache_features(
+    dataset: DatasetName = None,
+    config: ConfigFile = None,
+    root: Root = None,
+    labels: Labels = None,
+    out: Out = Path("feats.zarr"),
+    seeds: Seeds = None,
+    weak_views: WeakViews = None,
+    teacher: TeacherNames = None,
+    codec: Codec = None,
+    max_gb: MaxGb = None,
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Stage 1: run the teachers once over every (tile, augmentation seed) and store their patch features.
+
+    Run it again to go on after an interruption, or with more seeds, labels, teachers or images: only what is
+    missing is computed. Example: rsmtdf cache-features --config mydata/rsmtdf.yaml --out feats.zarr
+    """
+    from rsmtdf.cli import caching
+    from rsmtdf.signals import stop_flag
+
+    more = [] if workers is None else [f"cache.workers={workers}"]
+    source, where = _cache_source(
+        dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, [*(set_ or []), *more]
+    )
+    job = caching.plan_cache(source, root=where, out=out)
+    say(job.plan.text())
+    if dry_run:
+        return show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
+    with stop_flag() as stop:
+        result = caching.run_cache(job, device=device, stop=stop, say=say)
+    show(result, as_json=as_json, text=caching.summary_text(result))
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command("train")
+def train(
+    cache: Annotated[Path, typer.Option("--cache", help="The feature store of stage 1.")],
+    method: Annotated[str | None, typer.Option("--method", help="rs-mtdf, fixmatch or supervised.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="paper (as published) or practical.")] = None,
+    labels: Labels = None,
+    root: Root = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder; default runs/<dataset>-<labels>-<method>-<n>.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="45min, 2h, or 20k-steps.")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Labelled (and as many unlabelled) images a step.")
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the run: order of images, initial weights.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    teachers: Annotated[
+        str, typer.Option("--teachers", help="cached, or online: run the teachers in every step (to compare).")
+    ] = "cached",
+    through_codec: Annotated[
+        bool, typer.Option("--through-codec", help="With online: round features as the store does.")
+    ] = False,
+    config: ConfigFile = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Stage 2: train the student from a feature store. No teacher runs.
+
+    Example: rsmtdf train --cache feats.zarr --budget 2h
+    """
+    from rsmtdf.cli import training
+    from rsmtdf.signals import stop_flag
+
+    given = {"method": method, "recipe": recipe, "budget": budget, "batch": batch, "seed": seed}
+    options = training.TrainOptions(
+        cache=cache,
+        config=config,
+        root=root,
+        labels=labels,
+        out=out,
+        train=given,
+        overrides=set_ or [],
+        teachers=teachers,
+        through_codec=through_codec,
+        device=device,
+        resume=resume,
+    )
+    with stop_flag() as stop:
+        result = training.train_run(options, stop=stop, say=say)
+    show(result, as_json=as_json, text=training.summary_text(result))
+
+
+@app.command("evaluate")
+def evaluate(
+    run: Run,
+    split: Annotated[str, typer.Option("--split", help="val, test, train, or a list file.")] = "val",
+    root: Root = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a run's student on labelled tiles: mIoU, per-class IoU, confusion matrix."""
+    from rsmtdf.cli import using
+
+    result = using.evaluate_run(run, split=split, root=root, device=device)
+    show(result, as_json=as_json, text=using.scores_text(result))
+
+
+@app.command("predict")
+def predict(
+    run: Run,
+    src: Annotated[Path, typer.Argument(help="An image or raster: GeoTIFF, PNG, JPEG.")],
+    dst: Annotated[Path, typer.Argument(help="The map: GeoTIFF (keeps the CRS) or PNG.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw the land-cover map of an image or GeoTIFF, in blended windows, keeping its georeference."""
+    from rsmtdf.cli import using
+    from rsmtdf.signals import stop_flag
+
+    with stop_flag() as stop:
+        result = using.predict_run(run, src, dst, overwrite=overwrite, device=device, stop=stop)
+    show(result, as_json=as_json, text=using.map_text(result))
+
+
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(help="A folder with images, and masks for some of them.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing rsmtdf.yaml.")] = False,
+) -> None:
+    """Look at a folder of images and masks, write DIR/rsmtdf.yaml, and print the next three commands."""
+    from rsmtdf.cli.looking import init_folder
+
+    print(init_folder(folder, overwrite=overwrite))
+
+
+data_app.command("init")(init)
+
+
+@data_app.command("check")
+def data_check(
+    dataset: DatasetName = None,
+    config: ConfigFile = None,
+    root: Root = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Read every image and mask and list whatever is wrong. Exit code 1 if anything is."""
+    from rsmtdf.cli.looking import check
+
+    result, text = check(dataset=dataset, config=config, root=root, overrides=set_ or [])
+    show(result, as_json=as_json, text=text)
+    if result["problems"]:
+        raise typer.Exit(1)
+
+
+@cache_app.command("info")
+def cache_info(store: Store, as_json: Json = False) -> None:
+    """What a store holds: views by stream and seed, teachers, completeness, sizes, identity."""
+    from rsmtdf.cli.looking import store_info
+
+    result, text = store_info(store)
+    show(result, as_json=as_json, text=text)
+
+
+@configs_app.command("ls")
+def configs_ls(as_json: Json = False) -> None:
+    """List the shipped configurations."""
+    from rsmtdf.cli.configs import shipped_configs, summary
+
+    found = {name: summary(path) for name, path in shipped_configs().items()}
+    show(found, as_json=as_json, text="\n".join(f"{name:12} {text}" for name, text in found.items()))
+
+
+@configs_app.command("show")
+def configs_show(name: str) -> None:
+    """Print a shipped configuration."""
+    from rsmtdf.cli.configs import shipped_config
+
+    print(shipped_config(name).read_text(encoding="utf-8"), end="")
+
+
+@configs_app.command("cp")
+def configs_cp(name: str, dst: Path) -> None:
+    """Copy a shipped configuration, to make it your own."""
+    from rsmtdf.cli.looking import copy_config
+
+    print(copy_config(name, dst))
+
+
+@teachers_app.command("ls")
+def teachers_ls(as_json: Json = False) -> None:
+    """List the teacher presets: model, source, licence, bytes per view."""
+    from rsmtdf.cli.looking import list_teachers
+
+    result, text = list_teachers()
+    show(result, as_json=as_json, text=text)
+
+
+@teachers_app.command("fetch")
+def teachers_fetch(names: Annotated[list[str], typer.Argument(help="Presets, by name.")]) -> None:
+    """Download teachers' weights into the hub cache, for nodes without a network."""
+    from rsmtdf.cli.looking import fetch_teachers
+
+    print(fetch_teachers(names))
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("out/demo"),
+    device: Device = "auto",
+) -> None:
+    """The whole tour on a synthetic world, in minutes and without a download: data, store, two runs, a map."""
+    from rsmtdf.cli.demo import run_demo
+
+    print(run_demo(out, device=device))
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from rsmtdf import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _cache_source(
+    dataset: str | None,
+    config: Path | None,
+    root: Path | None,
+    labels: str | None,
+    seeds: str | None,
+    weak_views: str | None,
+    teacher: list[str] | None,
+    codec: str | None,
+    max_gb: float | None,
+    set_: list[str] | None,
+) -> tuple[Any, Path]:
+    """The experiment that the options describe, and its data root."""
+    from rsmtdf.cli.caching import select_teachers
+    from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
+
+    named = {"seeds": seeds, "weak_views": weak_views, "codec": codec, "max_gb": max_gb}
+    overrides = [*(set_ or []), *(f"cache.{k}={v}" for k, v in named.items() if v is not None)]
+    source = with_labels(load_source(dataset=dataset, config=config, overrides=overrides), labels)
+    source = Source(select_teachers(source.experiment, teacher), source.base)
+    return source, data_root(source, root=root)
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 done with failures listed, 2 user error, 130/143 signals."""
+    from rsmtdf.signals import Interrupted
+
+    log_to_stderr()
+    try:
+        app()
+    except RsmtdfError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except Interrupted as stopped:
+        say(str(stopped))
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,282 @@
+"""The sequence behind `rsmtdf train`: store, data, feature source, student, run folder, loop, summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rsmtdf
+from rsmtdf.cli.caching import student_grid, teacher_sources
+from rsmtdf.cli.terminal import Bar, choose_device
+from rsmtdf.cli.workspace import Source, Workspace, data_root, open_workspace, source_from_record, with_labels
+from rsmtdf.config import Experiment, load_experiment, with_train
+from rsmtdf.errors import ConfigError, StoreIncomplete
+from rsmtdf.learning.methods import METHODS
+from rsmtdf.learning.run import RunFolder, next_run_path, point_latest
+from rsmtdf.signals import StopFlag
+from rsmtdf.specs import FeatureSource, to_dict
+from rsmtdf.stages import cache as cache_stage
+from rsmtdf.stages import train as stage
+from rsmtdf.stages.evaluate import evaluate
+from rsmtdf.store.codecs import CODECS
+from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.store import FeatureStore
+from rsmtdf.student.spec import StudentSpec, teacher_heads
+from rsmtdf.teachers.online import OnlineFeatures
+from rsmtdf.teachers.registry import build_teacher
+from rsmtdf.weights import read_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What the command line says, besides the store's own experiment."""
+
+    cache: Path
+    config: Path | None = None
+    root: Path | None = None
+    labels: str | None = None
+    out: Path | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `train` given as options: method, recipe, budget, batch, seed."""
+    overrides: Sequence[str] = ()
+    teachers: str = "cached"
+    """cached or online."""
+    through_codec: bool = False
+    device: str = "auto"
+    resume: bool = False
+
+
+def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
+    """Trains a student from a store and returns the summary."""
+    if options.teachers not in {"cached", "online"}:
+        raise ConfigError(f"--teachers {options.teachers}: it is cached or online")
+    store = FeatureStore.open(options.cache)
+    run, source = _run_and_source(options, store)
+    experiment = source.experiment
+    device = choose_device(options.device)
+    if experiment.train.method not in METHODS:
+        raise ConfigError(f"no method {experiment.train.method!r}; there are: {', '.join(METHODS)}")
+    root = data_root(source, root=options.root, recorded=store.data_root)
+    workspace = open_workspace(source, root=root, scan=False)
+    needs = METHODS[experiment.train.method].needs_targets
+    features = _features(options, experiment, store, device) if needs else None
+    if run is None:
+        run = _new_run(options, source, store)
+    val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
+    job = stage.TrainJob(
+        experiment=experiment,
+        store=store,
+        source=features,
+        maker=cache_stage.view_maker(
+            store, reader=workspace.dataset, tiles={t.id: t for t in workspace.dataset.tiles()}
+        ),
+        labelled=workspace.labelled,
+        pool=workspace.pool,
+        student_spec=_student_spec(experiment, features),
+        backbone=_backbone(experiment, base=source.base),
+        meta={
+            "dataset": to_dict(experiment.dataset),
+            "recipe": to_dict(experiment.views),
+            "crop_px": experiment.views.crop_px,
+            "rsmtdf": rsmtdf.__version__,
+        },
+        run=run,
+        device=device,
+        validate=partial(_score, workspace=workspace, tiles=val, device=device) if val else None,
+        ranks=_ranks(device),
+    )
+    say(_first_screen(workspace, experiment, run, val))
+    with Bar("training", unit="step") as bar:
+
+        def progress(done: int, total: int, note: str) -> None:
+            bar.update_to(done, total)
+            if note:
+                bar.step(done, note)
+
+        return stage.train(job, resume=options.resume, stop=stop, progress=progress)
+
+
+def summary_text(result: Mapping[str, Any]) -> str:
+    """The end-of-run summary of stage 2."""
+    best = "none" if result["best_miou"] is None else f"{100 * result['best_miou']:.2f} at step {result['best_step']:,}"
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
+    return "\n".join(
+        [
+            f"trained    {result['method']}, {result['steps']:,} of {result['total_steps']:,} steps in "
+            f"{result['seconds']:.0f} s ({result['images_per_second']} images/s)",
+            f"best mIoU  {best} (EMA student; selected on {result['selected_on']})",
+            f"time       {shares}; limited by {result['limited_by']}; peak memory "
+            f"{result['peak_memory_bytes'] / 2**30:.1f} GiB",
+            f"next       rsmtdf evaluate {result['run']} --split test",
+            f"           rsmtdf predict {result['run']} IMAGE.tif MAP.tif",
+        ]
+    )
+
+
+def run_source(run: RunFolder) -> tuple[Source, dict[str, Any]]:
+    """The experiment that a run recorded, and the record itself."""
+    record = run.config()
+    return source_from_record(record["experiment"], overrides=(), where=str(run.path / "config.json")), record
+
+
+def _run_and_source(options: TrainOptions, store: FeatureStore) -> tuple[RunFolder | None, Source]:
+    """The experiment as the options shape it; with --resume, the existing run, whose settings must be the same."""
+    if options.config is not None:
+        source = Source(load_experiment(options.config, overrides=options.overrides), options.config.parent)
+    else:
+        source = source_from_record(store.experiment, overrides=options.overrides, where=str(options.cache))
+    source = with_labels(source, options.labels)
+    source = Source(with_train(source.experiment, options.train, where="the command line"), source.base)
+    store.expect(recipe=source.experiment.views, dataset=source.experiment.dataset)
+    if not options.resume:
+        return None, source
+    if options.out is None:
+        raise ConfigError("--resume needs --out RUN: the folder of the run to go on with")
+    run = RunFolder.open(options.out)
+    before, record = run_source(run)
+    if record["store"]["identity"] != store.identity:
+        raise ConfigError(f"{run.path} was trained from a store of another identity than {options.cache}")
+    given = any(v is not None for v in options.train.values()) or options.overrides or options.labels
+    if given and (changed := _differences(before.experiment, source.experiment)):
+        raise ConfigError(
+            f"{run.path} cannot be resumed with other settings:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nLeave these options out, or start a new run with another --out"
+        )
+    return run, before
+
+
+def _differences(before: Experiment, now: Experiment) -> list[str]:
+    old, new = stage.resumable_config(before.train), stage.resumable_config(now.train)
+    lines = [f"train.{k}: the run has {old[k]}, now {new[k]}" for k in old if old[k] != new[k]]
+    if before.splits != now.splits:
+        lines.append(f"splits: the run has {before.splits}, now {now.splits}")
+    return lines
+
+
+def _new_run(options: TrainOptions, source: Source, store: FeatureStore) -> RunFolder:
+    experiment = source.experiment
+    labels = Path(experiment.splits.labels).stem if "/" in experiment.splits.labels else experiment.splits.labels
+    stem = f"{experiment.dataset.name}-{labels}-{experiment.train.method}"
+    path = options.out or next_run_path(Path("runs"), stem=stem)
+    config = {
+        "experiment": source.as_dict(),
+        "store": {"path": str(options.cache.resolve()), "identity": store.identity},
+        "root": str(options.root.resolve()) if options.root else store.data_root,
+        "teachers": options.teachers,
+        "versions": {"rsmtdf": rsmtdf.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    run = RunFolder.create(path, config=config)
+    if options.out is None:
+        point_latest(path)
+    return run
+
+
+def _features(
+    options: TrainOptions, experiment: Experiment, store: FeatureStore, device: torch.device
+) -> FeatureSource:
+    names = [t.name for t in experiment.teachers]
+    if options.teachers == "cached":
+        if missing := [n for n in names if n not in store.teachers]:
+            raise StoreIncomplete(
+                f"{options.cache} has no features of {', '.join(missing)} (it has {', '.join(store.teachers) or 'none'}); "
+                f"add them with rsmtdf cache-features --out {options.cache}"
+            )
+        return CachedFeatures(store, names, device=device)
+    grid = student_grid(experiment)
+    teachers = {n: build_teacher(s, student_grid=grid, device=device) for n, s in teacher_sources(experiment).items()}
+    for name, teacher in teachers.items():
+        if name in store.teachers:
+            store.expect_teacher(teacher.spec, store.teachers[name].codec)
+    roundtrip = partial(_roundtrip, store) if options.through_codec else None
+    return OnlineFeatures(teachers, roundtrip=roundtrip)
+
+
+def _roundtrip(store: FeatureStore, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """`tokens` as the store would give them back."""
+    stored = store.teachers[name]
+    codec = CODECS[stored.codec]
+    encoded = codec.encode(tokens.cpu(), mean=stored.mean, std=stored.std)
+    return codec.decode(encoded, mean=stored.mean, std=stored.std, device=tokens.device)
+
+
+def _student_spec(experiment: Experiment, features: FeatureSource | None) -> StudentSpec:
+    config = experiment.student
+    heads = ()
+    if features is not None:
+        weights = {t.name: t.fusion_weight for t in experiment.teachers}
+        heads = tuple(
+            head
+            for name, spec in features.specs.items()
+            for head in teacher_heads([spec], student_grid=student_grid(experiment), weight=weights[name])
+        )
+    return StudentSpec(
+        classes=len(experiment.dataset.classes),
+        backbone=config.backbone,
+        overrides=tuple(sorted(config.overrides.items())),
+        img_px=config.img_px,
+        layers=config.layers,
+        pos_embed=config.pos_embed,
+        dpt_features=config.dpt_features,
+        dpt_channels=config.dpt_channels,
+        translator_hidden=config.translator_hidden,
+        teachers=heads,
+        fusion=config.fusion,
+    )
+
+
+def _backbone(experiment: Experiment, *, base: Path) -> Mapping[str, torch.Tensor] | None:
+    """Pretrained weights for the student's backbone; None where random ones were asked for."""
+    weights = experiment.student.weights
+    if weights == "random":
+        return None
+    if weights == "hub":
+        from rsmtdf.teachers.hub import timm_hub_weights
+
+        return timm_hub_weights(experiment.student.backbone)
+    return read_weights(base / weights)
+
+
+def _score(
+    student: torch.nn.Module, *, workspace: Workspace, tiles: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    return evaluate(
+        student,
+        workspace.dataset,
+        [workspace.tiles[t] for t in tiles],
+        device=device,
+        patch_px=1,
+    )
+
+
+def _ranks(device: torch.device) -> stage.Ranks:
+    """One process, or this one among those that torchrun started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return stage.Ranks()
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return stage.Ranks(rank=torch.distributed.get_rank(), world=world, reduce=torch.distributed.all_reduce)
+
+
+def _first_screen(workspace: Workspace, experiment: Experiment, run: RunFolder, val: Sequence[str]) -> str:
+    train = experiment.train
+    lines = [
+        f"run        {run.path}",
+        f"data       {experiment.dataset.name}: {len(workspace.labelled):,} labelled of {len(workspace.pool):,} tiles, "
+        f"{len(val):,} to validate",
+        f"method     {train.method}, recipe {train.recipe}, batch {train.batch}+{train.batch} in micro-batches of "
+        f"{train.micro_batch}+{train.micro_batch}",
+    ]
+    if not val:
+        lines.append("note       no validation labels: nothing is selected, the last weights are kept")
+    return "\n".join(lines)
