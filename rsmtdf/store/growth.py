@@ -1,0 +1,205 @@
+"""How a store comes into being and grows. Every change ends with the replacement of the root's metadata.
+
+Until then whatever was written lies past the committed rows, where nobody looks; a kill at any moment leaves the old
+store or the new one. What a broken change left behind is overwritten by the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsmtdf.errors import StoreError
+from rsmtdf.files import PARTIAL, fsync_dir
+from rsmtdf.specs import STREAMS, DatasetSpec, Stream, ViewRecipe
+from rsmtdf.store.arrays import PlainArray, array_metadata, chunk_length, group_metadata, set_length, write_metadata
+from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, library_versions
+from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, plan_growth, view_keys
+from rsmtdf.store.status import StatusArray
+from rsmtdf.store.stored_teacher import StoredTeacher, resize_teacher
+from rsmtdf.store.tiles import write_tiles
+
+LOCK_FILE = Path("provenance", "locks")
+
+
+def make_store(
+    path: Path,
+    *,
+    recipe: ViewRecipe,
+    dataset: DatasetSpec,
+    data_root: str,
+    experiment: Mapping[str, Any],
+    shard_views: int,
+) -> None:
+    """Makes an empty store at `path`, which does not exist or is an empty folder. It appears whole or not at all.
+
+    Raises:
+        StoreError: something is there, the parent cannot be written, or `experiment` is no JSON data.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(
+            f"cannot make a feature store at {path}: something is there already; open it, choose another path, "
+            "or remove it first"
+        )
+    if shard_views < 1:
+        raise StoreError(f"a shard must hold at least 1 view, not {shard_views}")
+    tiles = TileTable(count=0, id_bytes=0, bytes_chunk=4096, offsets_chunk=1024, sha256="")
+    manifest = Manifest(
+        recipe=recipe,
+        dataset=dataset,
+        data_root=data_root,
+        experiment=experiment,
+        versions=library_versions(),
+        shard_views=shard_views,
+        n_rows=0,
+        tiles=tiles,
+        segments=(),
+        columns={},
+        teachers={},
+    )
+    building = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        building.mkdir(parents=True)
+        for group in ("tiles", "views", "teachers"):
+            write_metadata(building / group, group_metadata())
+        # A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays.
+        notes = array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",))
+        write_metadata(building / "provenance", notes)
+        (building / LOCK_FILE).touch()
+        status = StatusArray(path=building / "views" / "status", shard_views=shard_views)
+        write_metadata(status.path, status.metadata(0))
+        tiles = write_tiles(building, tiles, old=(), new=())
+        commit(building, dataclasses.replace(manifest, tiles=tiles))
+        os.rename(building, path)  # noqa: PTH104 - Path.rename would also replace a file
+        fsync_dir(path.parent)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"the experiment's settings are no JSON data ({error}); {path} was not made") from error
+    except OSError as error:
+        raise StoreError(f"cannot make a feature store at {path}: {error.strerror}; nothing is left there") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def grow_store(
+    path: Path,
+    manifest: Manifest,
+    new: Sequence[NewSegment],
+    *,
+    tile_ids: Sequence[str],
+    columns: Mapping[str, np.ndarray],
+    teachers: Mapping[str, StoredTeacher],
+    on_step: Callable[[str], None],
+) -> Manifest:
+    """Appends segments and commits. The caller owns the store and all its shards.
+
+    Args:
+        path: the store.
+        manifest: its committed state.
+        new: segments to append.
+        tile_ids: ids it knows.
+        columns: its committed columns, all rows.
+        teachers: its teachers.
+        on_step: called after each step with its name; an error it raises ends the change there.
+
+    Returns:
+        The new committed state.
+    """
+    growth = plan_growth(
+        new,
+        n_rows=manifest.n_rows,
+        shard_views=manifest.shard_views,
+        tile_index={t: k for k, t in enumerate(tile_ids)},
+        column_types={n: c.dtype for n, c in manifest.columns.items() if n not in STRUCTURE},
+        taken=_taken(manifest, columns),
+    )
+    try:
+        tiles = write_tiles(path, manifest.tiles, old=tile_ids, new=growth.new_tiles)
+        on_step("tiles")
+        entries: dict[str, Column] = {}
+        for name, values in growth.columns.items():
+            entries[name] = _append_column(path, manifest, name, values, columns.get(name))
+            on_step(f"column {name}")
+        set_length(path / "views" / "status", growth.n_rows)
+        on_step("view status")
+        for teacher in teachers.values():
+            resize_teacher(teacher, growth.n_rows)
+            on_step(f"teacher {teacher.name}")
+        grown = dataclasses.replace(
+            manifest,
+            n_rows=growth.n_rows,
+            tiles=tiles,
+            segments=manifest.segments + growth.segments,
+            columns=entries,
+        )
+        commit(path, grown)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"cannot extend feature store {path}: {error.strerror} ({error.filename}); it is as it was before. "
+            "Free space or fix the permissions, then run the same command again"
+        ) from error
+    on_step("commit")
+    return grown
+
+
+def settle(path: Path, manifest: Manifest, teachers: Mapping[str, StoredTeacher]) -> None:
+    """Sets every array's length to the committed one, where a change that was cut short left it longer.
+
+    Our own reader looks at the manifest only; this is for other Zarr readers, to which all arrays must agree.
+    """
+    for name in manifest.columns:
+        set_length(path / "views" / name, manifest.n_rows)
+    set_length(path / "views" / "status", manifest.n_rows)
+    set_length(path / "tiles" / "id_bytes", manifest.tiles.id_bytes)
+    set_length(path / "tiles" / "id_offsets", manifest.tiles.count + 1)
+    for teacher in teachers.values():
+        resize_teacher(teacher, manifest.n_rows)
+
+
+def column_array(path: Path, name: str, column: Column) -> PlainArray:
+    return PlainArray(
+        path=path / "views" / name, dtype=column.dtype, chunk=column.chunk, dim="view", fill=HOLE_FILL.get(name)
+    )
+
+
+def column_sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def _append_column(path: Path, manifest: Manifest, name: str, values: np.ndarray, old: np.ndarray | None) -> Column:
+    """Writes a column's new rows and returns its new entry; a column the store did not have is filled before them."""
+    keep = manifest.n_rows
+    entry = manifest.columns.get(name)
+    if entry is None or old is None:
+        fill = np.nan if values.dtype.kind == "f" else HOLE_FILL.get(name, 0)
+        old = np.full(keep, fill, dtype=values.dtype)
+        entry = Column(dtype=values.dtype.name, chunk=chunk_length(keep + len(values)), sha256="")
+        column_array(path, name, entry).replace_tail(np.concatenate([old, values]), keep=0)
+    else:
+        column_array(path, name, entry).replace_tail(values, keep=keep)
+    return dataclasses.replace(entry, sha256=column_sha256(np.concatenate([old, values])))
+
+
+def _taken(manifest: Manifest, columns: Mapping[str, np.ndarray]) -> dict[Stream, np.ndarray]:
+    """Stream -> keys of the views the store has."""
+    if not manifest.segments:
+        return {}
+    tile, seed = columns["tile"], columns["seed"]
+    real = np.zeros(manifest.n_rows, bool)
+    for s in manifest.segments:
+        real[s.row_start : s.row_stop] = True
+    taken: dict[Stream, np.ndarray] = {}
+    for code, stream in enumerate(STREAMS):
+        rows = real & (columns["stream"] == code)
+        if rows.any():
+            taken[stream] = np.sort(view_keys(tile[rows], seed[rows]))
+    return taken

@@ -1,0 +1,154 @@
+"""Ownership in a store: one mutex for changes of its metadata, and claims on ranges of shards.
+
+All of them are byte ranges of one file, so any number of shards costs one descriptor, and the kernel releases them
+when their owner dies, kill -9 included. Linux's open-file-description locks are used: they hold between threads of
+one process too, and no unrelated close() drops them, as it does with classic POSIX locks. Elsewhere one flock on
+the whole file stands in: one writer per store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rsmtdf.errors import StoreError
+
+# Typed loosely, because what it holds differs between platforms; Windows has none.
+fcntl: Any = importlib.import_module("fcntl") if os.name != "nt" else None
+
+log = logging.getLogger(__name__)
+
+_SLOT = 64
+"""Bytes of the lock file per lock: they hold the owner's name, for the message of whoever is refused."""
+_FLOCK = "hhqqi4x"
+_BUSY = (errno.EAGAIN, errno.EACCES)
+_POLL_S = 0.05
+
+
+class StoreLocks:
+    """The locks of one store. Slot 0 is the store's mutex, slot k + 1 the claim on shard k."""
+
+    def __init__(self, *, store: Path, file: Path) -> None:
+        self._store = store
+        self._file = file
+
+    @contextlib.contextmanager
+    def mutex(self, *, timeout_s: float) -> Iterator[None]:
+        """Holds the store's mutex, waiting for it at most `timeout_s`.
+
+        Raises:
+            StoreError: another process kept it for longer.
+        """
+        with self._open() as fd:
+            deadline = time.monotonic() + timeout_s
+            told = False
+            while (owner := self._take(fd, 0, 1)) is not None:
+                if not told:
+                    log.info("waiting for %s, which is changing the feature store %s", owner, self._store)
+                    told = True
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        f"feature store {self._store} is being changed by {owner} for more than {timeout_s:g} s; "
+                        "wait until it has finished, or stop that process (its lock ends with it)"
+                    )
+                time.sleep(_POLL_S)
+            yield
+
+    @contextlib.contextmanager
+    def claim(self, shards: Sequence[int]) -> Iterator[None]:
+        """Owns `shards` alone, all or none.
+
+        Raises:
+            StoreError: one of them has another owner.
+        """
+        with self._open() as fd:
+            for first, last in _runs(shards):
+                if (owner := self._take(fd, first + 1, last - first + 1)) is not None:
+                    span = f"shard {first}" if first == last else f"shards {first} to {last}"
+                    raise StoreError(
+                        f"{span} of feature store {self._store} are already claimed by {owner}; let it finish, "
+                        "give this process other shards, or stop that process (its claim ends with it)"
+                    )
+            yield
+
+    @contextlib.contextmanager
+    def all_shards(self, *, purpose: str) -> Iterator[None]:
+        """Owns every shard there is or will be, which is refused while any writer holds a claim."""
+        with self._open() as fd:
+            if (owner := self._take(fd, 1, 0)) is not None:
+                raise StoreError(
+                    f"cannot {purpose} feature store {self._store} while {owner} is writing to it; "
+                    "wait until it has finished, or stop that process"
+                )
+            yield
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int]:
+        try:
+            fd = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to feature store {self._store}: {error.strerror} ({self._file}); "
+                "check its permissions, or use a copy on a disk that can be written"
+            ) from error
+        try:
+            yield fd
+        finally:
+            os.close(fd)  # which also unlocks
+
+    def _take(self, fd: int, slot: int, count: int) -> str | None:
+        """Locks `count` slots from `slot` on (0: to infinity); None, or who has one of them."""
+        if fcntl is None:
+            return None  # no advisory locks: a single writer is the user's care, as the documentation says
+        try:
+            _lock(fd, slot * _SLOT, count * _SLOT)
+        except OSError as error:
+            if error.errno in _BUSY:
+                return self._owner(fd, slot, count)
+            raise StoreError(
+                f"the file system of feature store {self._store} has no file locks ({error.strerror}); "
+                "write the store on a local or a POSIX network disk and copy it afterwards"
+            ) from error
+        note = f"process {os.getpid()} on {socket.gethostname()}".encode()[:_SLOT].ljust(_SLOT)
+        os.pwrite(fd, note * max(count, 1), slot * _SLOT)
+        return None
+
+    def _owner(self, fd: int, slot: int, count: int) -> str:
+        note = os.pread(fd, _SLOT, _first_locked(fd, slot * _SLOT, count * _SLOT))
+        return note.decode(errors="replace").strip(" \0") or "another process"
+
+
+def _runs(shards: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for k in sorted(set(shards)):
+        if runs and runs[-1][1] == k - 1:
+            runs[-1] = (runs[-1][0], k)
+        else:
+            runs.append((k, k))
+    return runs
+
+
+def _lock(fd: int, start: int, length: int) -> None:
+    if hasattr(fcntl, "F_OFD_SETLK"):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
+    else:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _first_locked(fd: int, start: int, length: int) -> int:
+    """Where in the range a conflicting lock begins."""
+    if not hasattr(fcntl, "F_OFD_GETLK"):
+        return start
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
+    kind, _, at, _, _ = struct.unpack(_FLOCK, found)
+    return start if kind == fcntl.F_UNLCK else max(start, at)

@@ -1,0 +1,146 @@
+"""Status words: one uint64 per view that says whether its bytes are there, and what they must sum to.
+
+Bits 0-31 are a crc32c, bits 32-39 the state. A chunk holds one shard's views, so committing a shard is the atomic
+replacement of one small file, written last. The words of finished segments are also kept in one checksummed file
+(`sealed`, beside the chunks), because reading 16 000 chunk files is what makes a store of 10^6 views slow to open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsmtdf.files import write_whole
+from rsmtdf.store.arrays import array_metadata, damaged, decode_chunk, encode_chunk
+from rsmtdf.store.checksum import crc32c
+
+TODO, DONE, SKIPPED, HOLE = 0, 1, 2, 3
+"""States: not there yet; committed; left out for good (its tile failed); no view at all."""
+
+_MAGIC = b"rsmtdf sealed status 1\n"
+
+
+def word(state: int, crc: int = 0) -> int:
+    return state << 32 | crc
+
+
+def states(words: np.ndarray) -> np.ndarray:
+    """uint8 states of uint64 status words."""
+    return ((words >> np.uint64(32)) & np.uint64(0xFF)).astype(np.uint8)
+
+
+def crcs(words: np.ndarray) -> np.ndarray:
+    """uint32 crc32c of uint64 status words."""
+    return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusArray:
+    """The status words of the views, or of one teacher's features."""
+
+    path: Path
+    shard_views: int
+
+    def metadata(self, n_rows: int) -> dict[str, Any]:
+        return array_metadata(shape=(n_rows,), dtype="uint64", chunk=(self.shard_views,), dims=("view",))
+
+    def chunk_file(self, shard: int) -> Path:
+        return self.path / f"c.{shard}"
+
+    @property
+    def sealed_file(self) -> Path:
+        return self.path / "sealed"
+
+    def read_shard(self, shard: int) -> np.ndarray:
+        """uint64 [shard_views]: the committed words of one shard, zeros where nothing is.
+
+        Raises:
+            StoreCorrupt: the chunk file is damaged.
+        """
+        file = self.chunk_file(shard)
+        try:
+            blob = file.read_bytes()
+        except FileNotFoundError:
+            return np.zeros(self.shard_views, np.uint64)
+        return decode_chunk(blob, dtype="uint64", length=self.shard_views, file=file)
+
+    def write_shard(self, shard: int, words: np.ndarray) -> None:
+        """Commits one shard's words, durably. `unseal` first where the shard `is_sealed`."""
+        write_whole(self.chunk_file(shard), encode_chunk(words.astype(np.uint64)))
+
+    def is_sealed(self, shard: int) -> bool:
+        first = shard * self.shard_views
+        return any(start <= first < stop for start, stop in self._read_sealed())
+
+    def unseal(self, shard: int) -> None:
+        """Takes the range that holds `shard` out of the sealed file, so that it cannot contradict a new commit.
+
+        The caller holds the store's mutex.
+        """
+        first = shard * self.shard_views
+        self._write_sealed({r: w for r, w in self._read_sealed().items() if not r[0] <= first < r[1]})
+
+    def read(self, n_rows: int) -> np.ndarray:
+        """uint64 [n_rows].
+
+        Raises:
+            StoreCorrupt: a chunk or the sealed file is damaged.
+        """
+        per = self.shard_views
+        words = np.zeros(n_rows, np.uint64)
+        sealed = np.zeros(n_rows // per, bool)
+        for (start, stop), part in self._read_sealed().items():
+            if stop <= n_rows:
+                words[start:stop] = part
+                sealed[start // per : stop // per] = True
+        for shard in self._shards_on_disk():
+            if shard < len(sealed) and not sealed[shard]:
+                words[shard * per : (shard + 1) * per] = self.read_shard(shard)
+        return words
+
+    def seal(self, ranges: Iterable[tuple[int, int]], n_rows: int) -> None:
+        """Puts the words of these row ranges (whole shards) into the sealed file too; the chunk files stay.
+
+        The caller holds the store's mutex, and claims on the ranges.
+        """
+        words = self.read(n_rows)
+        everything = {*self._read_sealed(), *ranges}
+        self._write_sealed({(start, stop): words[start:stop] for start, stop in everything})
+
+    def _shards_on_disk(self) -> list[int]:
+        try:
+            with os.scandir(self.path) as entries:
+                names = [e.name for e in entries]
+        except FileNotFoundError:
+            return []
+        return [int(n[2:]) for n in names if n.startswith("c.") and n[2:].isdigit()]
+
+    def _write_sealed(self, parts: dict[tuple[int, int], np.ndarray]) -> None:
+        ranges = np.array(sorted(parts), dtype="<u8").reshape(-1, 2)
+        body = _MAGIC + len(ranges).to_bytes(8, "little") + ranges.tobytes()
+        body += b"".join(parts[r].astype("<u8").tobytes() for r in sorted(parts))
+        write_whole(self.sealed_file, body + crc32c(body).to_bytes(4, "little"))
+
+    def _read_sealed(self) -> dict[tuple[int, int], np.ndarray]:
+        try:
+            blob = self.sealed_file.read_bytes()
+        except FileNotFoundError:
+            return {}
+        body, crc = blob[:-4], int.from_bytes(blob[-4:], "little")
+        if not body.startswith(_MAGIC) or crc32c(body) != crc:
+            raise damaged(
+                self.sealed_file, "checksum differs: bytes have changed (deleting this file is safe: chunks remain)"
+            )
+        numbers = np.frombuffer(body, "<u8", offset=len(_MAGIC))
+        n = int(numbers[0])
+        parts: dict[tuple[int, int], np.ndarray] = {}
+        at = 1 + 2 * n
+        for start, stop in numbers[1:at].reshape(n, 2).tolist():
+            parts[start, stop] = numbers[at : at + stop - start]
+            at += stop - start
+        return parts

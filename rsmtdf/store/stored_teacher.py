@@ -1,0 +1,194 @@
+"""A teacher's group in a store: what its features are, how they are encoded, and their channel statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rsmtdf.errors import StoreError
+from rsmtdf.specs import FeatureSpec, from_dict, to_dict
+from rsmtdf.store.arrays import (
+    METADATA,
+    PlainArray,
+    array_metadata,
+    damaged,
+    group_metadata,
+    read_metadata,
+    set_length,
+    write_metadata,
+)
+from rsmtdf.store.codecs import Codec, EncodedArray, codec
+from rsmtdf.store.manifest import KEY, checked, differences, signed
+from rsmtdf.store.status import StatusArray
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_STATISTICS = ("channel_mean", "channel_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTeacher:
+    """One teacher of a store. `mean` and `std` are float32 [dim], as measured (`std` not clamped)."""
+
+    path: Path
+    spec: FeatureSpec
+    codec_name: str
+    shard_views: int
+    mean: np.ndarray
+    std: np.ndarray
+    statistics: Mapping[str, Any]
+    """How the statistics were made (`rule`, if the writer gave one) and what they showed."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @cached_property
+    def codec(self) -> Codec:
+        return codec(self.codec_name)
+
+    @cached_property
+    def arrays(self) -> tuple[EncodedArray, ...]:
+        return self.codec.arrays(self.spec.tokens, self.spec.dim)
+
+    @property
+    def bytes_per_view(self) -> int:
+        return sum(a.view_bytes for a in self.arrays)
+
+    @property
+    def status(self) -> StatusArray:
+        return StatusArray(path=self.path / "status", shard_views=self.shard_views)
+
+    def array_metadata(self, array: EncodedArray, n_rows: int) -> dict[str, Any]:
+        """The `zarr.json` of one of its arrays as this code writes it."""
+        return array_metadata(
+            shape=(n_rows, *array.shape),
+            dtype=array.dtype,
+            chunk=(1, *array.shape),
+            shard=(self.shard_views, *array.shape),
+            dims=array.dims,
+            fill=array.fill,
+        )
+
+    def encode(self, features: torch.Tensor, *, rows: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """Array name -> encoded views, on the features' device; `rows` name the views in messages.
+
+        Raises:
+            StoreError: the features have another shape, or a value cannot be stored.
+        """
+        expected = (self.spec.tokens, self.spec.dim)
+        if features.ndim != 3 or tuple(features.shape[1:]) != expected:
+            raise StoreError(
+                f"features of teacher {self.name!r} have shape {tuple(features.shape)}, expected [views, "
+                f"{expected[0]} tokens, {expected[1]} channels]"
+            )
+        mean, std = self._moments(features.device)
+        try:
+            return self.codec.encode(features, mean=mean, std=std, rows=rows)
+        except StoreError as error:
+            raise StoreError(f"teacher {self.name!r}, {error}") from error
+
+    def decode(self, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """float32 [k, tokens, dim] on the arrays' device."""
+        mean, std = self._moments(next(iter(arrays.values())).device)
+        return self.codec.decode(arrays, mean=mean, std=std)
+
+    def expect(self, spec: FeatureSpec, codec_name: str, rule: Mapping[str, Any] | None) -> list[str]:
+        """One line per field in which this teacher differs from the one asked for."""
+        lines = differences(spec.identity(), self.spec.identity())
+        if codec_name != self.codec_name:
+            lines.append(f"codec: expected {codec_name!r}, found {self.codec_name!r}")
+        if rule is not None:
+            lines += differences({"statistics rule": dict(rule)}, {"statistics rule": self.statistics.get("rule")})
+        return lines
+
+    def _moments(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.mean).to(device), torch.from_numpy(self.std).to(device)
+
+
+def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
+    """Writes the group of a new teacher and returns the digest that the manifest commits.
+
+    Raises:
+        StoreError: its name cannot be a folder, or its statistics do not fit its width.
+    """
+    name, path = teacher.name, teacher.path
+    if not _NAME.fullmatch(name):
+        raise StoreError(f"teacher name {name!r} cannot be a folder; use letters, digits, '.', '_' and '-'")
+    moments = dict(zip(_STATISTICS, (teacher.mean, teacher.std), strict=True))
+    for label, values in moments.items():
+        if values.shape != (teacher.spec.dim,) or values.dtype != np.float32 or not np.isfinite(values).all():
+            raise StoreError(
+                f"{label} of teacher {name!r} is {values.dtype} {values.shape}; expected finite float32 "
+                f"({teacher.spec.dim},), from ChannelStatistics over the teacher's features"
+            )
+    if (teacher.std < 0).any():
+        raise StoreError(f"channel_std of teacher {name!r} has negative values")
+    for label, values in moments.items():
+        _moment_array(path, label, teacher.spec.dim).replace_tail(values, keep=0)
+    for array in teacher.arrays:
+        write_metadata(path / array.name, teacher.array_metadata(array, n_rows))
+    write_metadata(path / "status", teacher.status.metadata(n_rows))
+    attributes = signed(
+        {
+            "spec": to_dict(teacher.spec),
+            "codec": teacher.codec_name,
+            "statistics": dict(teacher.statistics),
+            "arrays": {label: _sha256(values) for label, values in moments.items()},
+        }
+    )
+    write_metadata(path, group_metadata({KEY: attributes}))
+    return str(attributes["digest"])
+
+
+def load_teacher(path: Path, *, digest: str, shard_views: int) -> StoredTeacher:
+    """The committed teacher at `path`.
+
+    Raises:
+        StoreCorrupt: its attributes or statistics differ from what the manifest says.
+        StoreError: it needs a codec or a field that this version does not know.
+    """
+    data = checked(read_metadata(path).get("attributes", {}).get(KEY), path / METADATA)
+    if data["digest"] != digest:
+        raise damaged(path / METADATA, f"digest is {data['digest'][:12]}, the store's manifest says {digest[:12]}")
+    try:
+        spec = from_dict(FeatureSpec, data["spec"])
+    except ValueError as error:
+        raise StoreError(f"{path} cannot be understood by this version of rsmtdf: {error}; use a newer one") from error
+    moments: list[np.ndarray] = []
+    for label in _STATISTICS:
+        values = _moment_array(path, label, spec.dim).read(spec.dim)
+        if _sha256(values) != data["arrays"][label]:
+            raise damaged(path / label, "digest differs from the one in the teacher's attributes")
+        moments.append(values)
+    return StoredTeacher(
+        path=path,
+        spec=spec,
+        codec_name=data["codec"],
+        shard_views=shard_views,
+        mean=moments[0],
+        std=moments[1],
+        statistics=data["statistics"],
+    )
+
+
+def resize_teacher(teacher: StoredTeacher, n_rows: int) -> None:
+    """Sets the length of its arrays: metadata only, no data file is touched."""
+    for array in teacher.arrays:
+        set_length(teacher.path / array.name, n_rows)
+    set_length(teacher.path / "status", n_rows)
+
+
+def _moment_array(path: Path, label: str, dim: int) -> PlainArray:
+    return PlainArray(path=path / label, dtype="float32", chunk=dim, dim="channel")
+
+
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
