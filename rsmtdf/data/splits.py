@@ -1,0 +1,314 @@
+"""Which tiles train, validate and test, and which of the training tiles count as labelled.
+
+Given lists are read; what has no list is generated, from names sorted by text and a keyed shuffle, so a split depends
+on neither the file system's order nor the machine. Cutting by scene or group keeps neighbours together: crops of one
+scene on both sides of a split make results look better than they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsmtdf.data.layouts import layout_of
+from rsmtdf.data.lists import Entry, read_list, require_masks, tile_ids
+from rsmtdf.data.names import few, near
+from rsmtdf.errors import ConfigError, DatasetError
+from rsmtdf.keyed import Draws
+from rsmtdf.specs import SplitSpec, Tile
+
+if TYPE_CHECKING:
+    from rsmtdf.data.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Tile ids, each tuple sorted; no tile is in two of them."""
+
+    train: tuple[str, ...]
+    """The pool: labelled or not."""
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def make_splits(dataset: Dataset, tiles: Sequence[Tile], spec: SplitSpec, *, base: Path) -> Splits:
+    """The three splits of `tiles`.
+
+    A given list is taken as it is: with a train list, the pool is exactly that list. The parts without a list are cut
+    from the tiles that no list names, in proportion to their fractions; tiles without a mask go to the train part.
+
+    Args:
+        dataset: Resolves names and knows the official split.
+        tiles: The usable tiles. Tiles of a list that are not among them (too few valid pixels) are left out.
+        spec: Lists, or how to cut.
+        base: The folder that relative list paths start from.
+
+    Raises:
+        DatasetError: a wrong list, lists that overlap, or too few scenes, groups or tiles to cut.
+        ConfigError: fractions or a group rule that make no sense.
+    """
+    usable = {tile.id: tile for tile in tiles}
+    listed = _read_parts(dataset, spec, usable, base)
+    if len(listed) < len(PARTS):
+        taken = {tile_id for ids in listed.values() for tile_id in ids}
+        rest = [usable[tile_id] for tile_id in sorted(usable) if tile_id not in taken]
+        listed |= _generate(dataset, rest, spec, [part for part in PARTS if part not in listed])
+    splits = Splits(*(tuple(sorted(listed[part])) for part in PARTS))
+    if not splits.train:
+        raise DatasetError(f"the train split of data set {dataset.spec.name!r} is empty")
+    return splits
+
+
+def labelled_tiles(
+    dataset: Dataset,
+    train_ids: Collection[str],
+    labels: str,
+    *,
+    seed: int,
+    base: Path,
+    left_out: Collection[str] = (),
+) -> tuple[str, ...]:
+    """The training tiles whose labels are used, sorted.
+
+    A share is RS-DWL's rule: the first int(share x n) of the shuffled train tiles that have masks, per domain where
+    the layout has domains; so 1 % lies in 5 % lies in 10 %. A count is a prefix of the same order, domains
+    interleaved in proportion.
+
+    Args:
+        dataset: Knows masks and domains.
+        train_ids: The train split.
+        labels: `all`, a share (`5%`), a number of tiles (`20`), or a list file.
+        seed: Of the shuffle.
+        base: The folder that a relative list path starts from.
+        left_out: Tiles that a list may name without being in the train split (`Usable.left_out`).
+
+    Raises:
+        DatasetError: nothing is labelled, fewer masks than asked for, or a list naming tiles outside the train split.
+        ConfigError: an option that is none of the four.
+    """
+    masked = sorted(tile_id for tile_id in train_ids if dataset.tile(tile_id).mask is not None)
+    text = labels.strip()
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    is_amount = text == "all" or share is not None or text.isdecimal()
+    if not masked and is_amount:
+        raise DatasetError(
+            f"none of the {len(train_ids)} training tiles has a mask: expected masks in {dataset.spec.masks!r} below "
+            f"{dataset.root}, named like their images (`masks:`, `mask_name:`)"
+        )
+    if text == "all":
+        return tuple(masked)
+    if share is not None:
+        part = Fraction(share[1]) / 100
+        if not 0 < part <= 1:
+            raise ConfigError(f"labels: {labels!r} is not between 0 % and 100 %")
+        chosen = [i for order in _label_order(dataset, masked, seed).values() for i in order[: int(part * len(order))]]
+        if not chosen:
+            raise DatasetError(
+                f"labels: {labels} of {len(masked)} training tiles with masks is less than one tile; ask for a number "
+                f"of tiles, such as --labels {min(20, len(masked))}"
+            )
+        return tuple(sorted(chosen))
+    if text.isdecimal():
+        count = int(text)
+        if not 0 < count <= len(masked):
+            raise DatasetError(f"labels: {count} labelled tiles asked for, but {len(masked)} training tiles have masks")
+        return tuple(sorted(_interleave(_label_order(dataset, masked, seed))[:count]))
+    return _labels_from_list(dataset, set(train_ids), labels, base=base, left_out=set(left_out))
+
+
+def select_tiles(dataset: Dataset, splits: Splits, which: str, *, base: Path) -> tuple[str, ...]:
+    """The tiles to evaluate: those of split `which`, or of the list file it names, that have masks; sorted.
+
+    Raises:
+        DatasetError: no such split or file, or nothing in it has a mask.
+    """
+    if which in PARTS:
+        ids = getattr(splits, which)
+        chosen = tuple(i for i in ids if dataset.tile(i).mask is not None)
+        if not chosen:
+            raise DatasetError(
+                f"split {which!r} of data set {dataset.spec.name!r} has no tile with a mask ({len(ids)} without), so "
+                f"there is nothing to compare with; name another split or a list file"
+            )
+        return chosen
+    path = base / which
+    if not path.is_file():
+        raise DatasetError(
+            f"no split or list file {which!r}: expected {', '.join(PARTS)} or a file{near(which, PARTS)}"
+        )
+    entries = read_list(dataset, path, what=f"split {which}")
+    require_masks(entries, path=path, what=f"split {which}")
+    if not (ids := tile_ids(entries)):
+        raise DatasetError(f"split {which}: all tiles named in {path} were left out")
+    return tuple(sorted(ids))
+
+
+def _read_parts(dataset: Dataset, spec: SplitSpec, usable: dict[str, Tile], base: Path) -> dict[str, list[str]]:
+    listed: dict[str, list[str]] = {}
+    owner: dict[str, tuple[str, Entry]] = {}
+    for part in PARTS:
+        name: str | None = getattr(spec, part)
+        if name is None:
+            continue
+        entries = read_list(dataset, base / name, what=f"the {part} list")
+        if part != "train":
+            require_masks(entries, path=base / name, what=f"the {part} list")
+        for entry in entries:
+            for tile in entry.tiles:
+                other, its_entry = owner.setdefault(tile.id, (part, entry))
+                if other != part:
+                    raise DatasetError(
+                        f"tile {tile.id} is in the {other} list (line {its_entry.line}) and in the {part} list (line "
+                        f"{entry.line}); a tile belongs to one split"
+                    )
+        ids = tile_ids(entries)
+        listed[part] = [tile_id for tile_id in ids if tile_id in usable]
+        if missing := [tile_id for tile_id in ids if tile_id not in usable]:
+            log.info("the %s list names %d tile(s) that were left out: %s", part, len(missing), few(missing))
+    return listed
+
+
+def _generate(dataset: Dataset, rest: list[Tile], spec: SplitSpec, parts: list[str]) -> dict[str, list[str]]:
+    """`parts` of the tiles `rest` (sorted by id)."""
+    if spec.by == "official":
+        return _official(dataset, rest, spec, parts)
+    masked = [tile for tile in rest if tile.mask is not None]
+    cut: dict[str, list[str]] = {part: [] for part in parts}
+    if "train" in parts:
+        cut["train"] += [tile.id for tile in rest if tile.mask is None]
+    weights = _weights(spec, parts)
+    if not masked or not weights:
+        return cut
+    units: dict[str, list[str]] = defaultdict(list)
+    for tile in masked:
+        units[_unit(tile, spec)].append(tile.id)
+    if len(units) < len(weights):
+        plural = {"tile": "tiles", "scene": "scenes", "group": "groups"}[spec.by]
+        raise DatasetError(
+            f"{len(units)} labelled {plural} cannot be cut into {', '.join(weights)}: every part needs one; add "
+            f"{plural}, "
+            + ("cut by tile (`by: tile`; neighbouring tiles make results optimistic), " if spec.by != "tile" else "")
+            + "give lists, or set a part's fraction to 0"
+        )
+    names = Draws("split", spec.by, spec.seed).choose(sorted(units), len(units))
+    assign = _cut_exact if spec.by == "tile" else _cut_balanced
+    for name, part in zip(names, assign([len(units[n]) for n in names], weights), strict=True):
+        cut[part] += units[name]
+    return cut
+
+
+def _official(dataset: Dataset, rest: list[Tile], spec: SplitSpec, parts: list[str]) -> dict[str, list[str]]:
+    by_part: dict[str, list[Tile]] = defaultdict(list)
+    for tile in rest:
+        by_part[dataset.scene(tile).part].append(tile)
+    official = layout_of(dataset.spec.layout).official_splits(by_part, seed=spec.seed)
+    if official is None:
+        raise DatasetError(
+            f"data set {dataset.spec.name!r} (layout {dataset.spec.layout}) has no official split (sub-folders train, "
+            f"val, test below {dataset.spec.images!r}); set `by:` to scene, group or tile, or give lists"
+        )
+    return {part: ids for part, ids in zip(PARTS, official, strict=True) if part in parts}
+
+
+def _weights(spec: SplitSpec, parts: list[str]) -> dict[str, float]:
+    """The fractions of `parts` that get something, rescaled to add up to 1."""
+    if any(f < 0 for f in spec.fractions) or abs(sum(spec.fractions) - 1) > 1e-6:
+        raise ConfigError(f"fractions {list(spec.fractions)} of train, val, test must not be negative and add up to 1")
+    chosen = {part: f for part, f in zip(PARTS, spec.fractions, strict=True) if part in parts and f > 0}
+    total = sum(chosen.values())
+    return {part: f / total for part, f in chosen.items()}
+
+
+def _unit(tile: Tile, spec: SplitSpec) -> str:
+    """What `tile` must stay together with."""
+    if spec.by == "tile":
+        return tile.id
+    if spec.by == "scene":
+        return tile.scene
+    if not spec.group:
+        raise ConfigError("splits by group need `group:`, a regular expression whose first group names a scene's group")
+    try:
+        match = re.search(spec.group, tile.scene)
+    except re.error as error:
+        raise ConfigError(f"group {spec.group!r} is no regular expression: {error}") from None
+    if match is None:
+        raise DatasetError(f"group {spec.group!r} does not match scene {tile.scene!r}, so it would be in no group")
+    return (match[1] if match.re.groups else match[0]) or ""
+
+
+def _cut_exact(sizes: Sequence[int], weights: dict[str, float]) -> list[str]:
+    """RS-DWL's counts: int(fraction x n) for each part but the last, which gets the rest; none stays empty."""
+    n, parts = len(sizes), list(weights)
+    counts = [int(round(weights[part] * n, 6)) for part in parts[:-1]]
+    counts.append(n - sum(counts))
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
+    return [part for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+
+
+def _cut_balanced(sizes: Sequence[int], weights: dict[str, float]) -> list[str]:
+    """Each unit, in shuffled order, to the part that lacks most tiles; the last ones fill parts still empty."""
+    total = sum(sizes)
+    lacks = {part: weight * total for part, weight in weights.items()}
+    empty = list(weights)
+    chosen: list[str] = []
+    for position, size in enumerate(sizes):
+        candidates = empty if len(sizes) - position <= len(empty) else list(weights)
+        part = max(candidates, key=lambda p: lacks[p])
+        lacks[part] -= size
+        if part in empty:
+            empty.remove(part)
+        chosen.append(part)
+    return chosen
+
+
+def _label_order(dataset: Dataset, masked: list[str], seed: int) -> dict[str, list[str]]:
+    """Per domain, its tiles in the order in which they become labelled."""
+    domains: dict[str, list[str]] = defaultdict(list)
+    for tile_id in masked:
+        domains[dataset.scene(dataset.tile(tile_id)).domain].append(tile_id)
+    return {d: Draws("labels", d, seed).choose(domains[d], len(domains[d])) for d in sorted(domains)}
+
+
+def _interleave(orders: dict[str, list[str]]) -> list[str]:
+    """One order in which every prefix holds the domains nearly in proportion."""
+    ranked = [
+        ((i + 0.5) / len(ids), domain, tile_id) for domain, ids in orders.items() for i, tile_id in enumerate(ids)
+    ]
+    return [tile_id for _, _, tile_id in sorted(ranked)]
+
+
+def _labels_from_list(
+    dataset: Dataset, train: set[str], labels: str, *, base: Path, left_out: set[str]
+) -> tuple[str, ...]:
+    path = base / labels
+    if not path.is_file():
+        raise DatasetError(
+            f"labels {labels!r}: expected `all`, a share such as 5%, a number of tiles such as 20, or a list file; "
+            f"there is no file {path}"
+        )
+    entries = read_list(dataset, path, what="the label list")
+    require_masks(entries, path=path, what="the label list")
+    outside = [
+        f"line {e.line} ({t.id})" for e in entries for t in e.tiles if t.id not in train and t.id not in left_out
+    ]
+    if outside:
+        raise DatasetError(
+            f"the label list {path} names {len(outside)} tile(s) that are not in the train split: {few(outside)}; "
+            f"move them there, or take the lines out"
+        )
+    chosen = tuple(sorted(tile_id for tile_id in tile_ids(entries) if tile_id in train))
+    if not chosen:
+        raise DatasetError(f"all tiles named in the label list {path} were left out")
+    return chosen
