@@ -43,7 +43,7 @@ class Codec(Protocol):
         ...
 
     def encode(
-        self, features: torch.Tensor, *, mean: torch.Tensor, std: torch.Tensor, rows: Sequence[int] | None = None
+        self, features: torch.Tensor, *, mean: np.ndarray, std: np.ndarray, rows: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
         """Array name -> [k, ...] on the features' device.
 
@@ -58,8 +58,10 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, arrays: Mapping[str, torch.Tensor], *, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        """float32 [k, tokens, dim] on the arrays' device."""
+    def decode(
+        self, arrays: Mapping[str, torch.Tensor], *, mean: np.ndarray, std: np.ndarray, device: torch.device
+    ) -> torch.Tensor:
+        """float32 [k, tokens, dim] on `device`, always in memory of its own."""
         ...
 
 
@@ -78,14 +80,16 @@ class Fp16:
         )
 
     def encode(
-        self, features: torch.Tensor, *, mean: torch.Tensor, std: torch.Tensor, rows: Sequence[int] | None = None
+        self, features: torch.Tensor, *, mean: np.ndarray, std: np.ndarray, rows: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
         half = features.to(torch.float16)
         _require_finite(half, features, rows, limit="fp16 holds at most 65504")
         return {"features": half}
 
-    def decode(self, arrays: Mapping[str, torch.Tensor], *, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        return arrays["features"].to(torch.float32)
+    def decode(
+        self, arrays: Mapping[str, torch.Tensor], *, mean: np.ndarray, std: np.ndarray, device: torch.device
+    ) -> torch.Tensor:
+        return arrays["features"].to(device).to(torch.float32)
 
 
 class Int8:
@@ -105,9 +109,10 @@ class Int8:
         )
 
     def encode(
-        self, features: torch.Tensor, *, mean: torch.Tensor, std: torch.Tensor, rows: Sequence[int] | None = None
+        self, features: torch.Tensor, *, mean: np.ndarray, std: np.ndarray, rows: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
-        z = (features.to(torch.float32) - mean) / std.clamp(min=STD_FLOOR)
+        centre, spread = _moments(mean, std, features.device)
+        z = (features.to(torch.float32) - centre) / spread
         smallest = torch.finfo(torch.float16).smallest_normal
         scale = (z.abs().amax(dim=-1) / 127).clamp(min=smallest).to(torch.float16)
         _require_finite(scale.unsqueeze(-1), features, rows, limit="after standardising, int8 holds at most 8.3e6")
@@ -115,16 +120,19 @@ class Int8:
         codes = (z / scale.to(torch.float32).unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
         return {"codes": codes, "token_scale": scale}
 
-    def decode(self, arrays: Mapping[str, torch.Tensor], *, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        z = arrays["codes"].to(torch.float32) * arrays["token_scale"].to(torch.float32).unsqueeze(-1)
-        return z * std.clamp(min=STD_FLOOR) + mean
+    def decode(
+        self, arrays: Mapping[str, torch.Tensor], *, mean: np.ndarray, std: np.ndarray, device: torch.device
+    ) -> torch.Tensor:
+        centre, spread = _moments(mean, std, device)
+        scale = arrays["token_scale"].to(device).to(torch.float32).unsqueeze(-1)
+        return arrays["codes"].to(device).to(torch.float32).mul_(scale).mul_(spread).add_(centre)
 
 
 CODECS: Mapping[str, Codec] = {"fp16": Fp16(), "int8": Int8()}
 """Every codec by the name that stores carry. A new one: one class, one entry."""
 
 
-def codec(name: str) -> Codec:
+def find_codec(name: str) -> Codec:
     """The codec of that name.
 
     Raises:
@@ -137,7 +145,13 @@ def codec(name: str) -> Codec:
 
 def bytes_per_view(name: str, tokens: int, dim: int) -> int:
     """Payload bytes of one view under a codec."""
-    return sum(a.view_bytes for a in codec(name).arrays(tokens, dim))
+    return sum(a.view_bytes for a in find_codec(name).arrays(tokens, dim))
+
+
+def _moments(mean: np.ndarray, std: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and clamped std, float32 [dim] on `device`."""
+    centre, spread = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (mean, std))
+    return centre, spread.clamp(min=STD_FLOOR)
 
 
 def _require_finite(encoded: torch.Tensor, features: torch.Tensor, rows: Sequence[int] | None, *, limit: str) -> None:

@@ -20,7 +20,7 @@ from rsmtdf.files import write_whole
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.segments import padded
 from rsmtdf.store.shards import shard_name, write_shard_file
-from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crcs, states, word
+from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crc_of, state_of, word
 from rsmtdf.store.stored_teacher import StoredTeacher
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def commit_shard(
     for row in rows:
         if row in view_crcs:
             view_words[row - first] = word(DONE, int(view_crcs[row]))
-        elif states(old_words)[row - first] == DONE:
+        elif state_of(old_words)[row - first] == DONE:
             view_words[row - first] = old_words[row - first]
         else:
             view_words[row - first] = word(SKIPPED)
@@ -95,7 +95,7 @@ def withdraw_shard(store: FeatureStore, shard: int, teacher: str) -> None:
 def _withdraw(store: FeatureStore, status: StatusArray, shard: int) -> None:
     """Sets a shard's committed words to todo, before its data change."""
     words = status.read_shard(shard)
-    committed = np.isin(states(words), (DONE, SKIPPED))
+    committed = np.isin(state_of(words), (DONE, SKIPPED))
     if committed.any():
         _break_seal(store, status, shard)
         words[committed] = word(TODO)
@@ -168,10 +168,10 @@ def _check_pixels(store: FeatureStore, old: Mapping[int, int], view_crcs: Mappin
     """A view that another teacher has seen must have the same pixels now."""
     for row, value in old.items():
         words = np.array([value], np.uint64)
-        if states(words)[0] == DONE and int(crcs(words)[0]) != int(view_crcs[row]):
+        if state_of(words)[0] == DONE and int(crc_of(words)[0]) != int(view_crcs[row]):
             raise StoreMismatch(
                 f"view {store.describe(row)} of feature store {store.path} has other pixels than when it was first "
-                f"cached: checksum expected {int(crcs(words)[0]):08x}, found {int(view_crcs[row]):08x}. The image "
+                f"cached: checksum expected {int(crc_of(words)[0]):08x}, found {int(view_crcs[row]):08x}. The image "
                 "has changed, or another JPEG decoder or Pillow version reads it differently; use the environment "
                 "the store was written in (`rsmtdf cache info`), or write a new store"
             )
@@ -229,5 +229,5 @@ def seal_finished(store: FeatureStore) -> None:
                 )
                 ranges.append((s.row_start, stop))
         for array in (store.view_status_array, *(t.status for t in store.teachers.values())):
-            finished = np.isin(states(array.read(store.n_rows)), (DONE, SKIPPED)) | ~real
+            finished = np.isin(state_of(array.read(store.n_rows)), (DONE, SKIPPED)) | ~real
             array.seal([r for r in ranges if finished[slice(*r)].all()], store.n_rows)

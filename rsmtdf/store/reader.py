@@ -25,7 +25,7 @@ from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.shards import ShardDamage, ShardReader
-from rsmtdf.store.status import DONE, crcs, states
+from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.stored_teacher import StoredTeacher
 
@@ -110,7 +110,7 @@ class CachedFeatures:
         for name, reader in self._readers.items():
             with self._buffers.lease(len(rows), reader.teacher.arrays) as buffer:
                 self._fill(reader, rows, buffer.host)
-                targets[name] = reader.teacher.decode(buffer.to_device())
+                targets[name] = reader.teacher.decode(buffer.to_device(), device=self._device)
         return targets
 
     def read_rows(self, teacher: str, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,8 +151,8 @@ class _TeacherReader:
         self._store = store
         self._verify = verify
         words = store.status(teacher.name)
-        self._done = states(words) == DONE
-        self._crcs = crcs(words)
+        self._done = state_of(words) == DONE
+        self._crcs = crc_of(words)
         self._fast: dict[str, ShardReader] = {}
         self._slow: dict[str, Any] = {}
         for array in teacher.arrays:

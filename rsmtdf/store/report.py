@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rsmtdf.specs import to_dict
-from rsmtdf.store.status import DONE, SKIPPED, states
+from rsmtdf.store.status import DONE, SKIPPED, state_of
 
 if TYPE_CHECKING:
     from rsmtdf.store.store import FeatureStore
@@ -30,19 +30,19 @@ class Progress(NamedTuple):
 
 def completeness(store: FeatureStore) -> dict[str, dict[str, dict[int, Progress]]]:
     """Teacher -> stream -> seed -> progress, over all generations."""
-    return {name: _per_seed(store, states(store.status(name))) for name in store.teachers}
+    return {name: _per_seed(store, state_of(store.status(name))) for name in store.teachers}
 
 
 def info(store: FeatureStore) -> dict[str, Any]:
     """JSON-ready facts about a store."""
-    view_states = states(store.view_status())
+    view_states = state_of(store.view_status())
     teachers: dict[str, Any] = {}
     for name, teacher in store.teachers.items():
-        state = states(store.status(name))
+        state = state_of(store.status(name))
         done, skipped = int((state == DONE).sum()), int((state == SKIPPED).sum())
         teachers[name] = {
             "spec": to_dict(teacher.spec),
-            "codec": teacher.codec_name,
+            "codec": teacher.codec,
             "done": done,
             "skipped": skipped,
             "complete": done + skipped == store.n_views,

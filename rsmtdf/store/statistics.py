@@ -7,7 +7,7 @@ one by one, so neither the batch size nor the number of views at a time changes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,24 @@ from rsmtdf.store.codecs import STD_FLOOR
 
 OUTLIER_STDS = 10.0
 """A channel counts as massive where its absolute maximum exceeds so many times the median channel's std."""
+
+
+class Moments(Protocol):
+    """What a store takes as a teacher's statistics: measured ones, or another store's teacher."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float32 [dim]."""
+        ...
+
+    @property
+    def std(self) -> np.ndarray:
+        """float32 [dim], not clamped."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        ...
 
 
 @dataclass

@@ -29,12 +29,12 @@ def word(state: int, crc: int = 0) -> int:
     return state << 32 | crc
 
 
-def states(words: np.ndarray) -> np.ndarray:
+def state_of(words: np.ndarray) -> np.ndarray:
     """uint8 states of uint64 status words."""
     return ((words >> np.uint64(32)) & np.uint64(0xFF)).astype(np.uint8)
 
 
-def crcs(words: np.ndarray) -> np.ndarray:
+def crc_of(words: np.ndarray) -> np.ndarray:
     """uint32 crc32c of uint64 status words."""
     return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 

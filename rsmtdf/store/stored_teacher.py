@@ -25,7 +25,7 @@ from rsmtdf.store.arrays import (
     set_length,
     write_metadata,
 )
-from rsmtdf.store.codecs import Codec, EncodedArray, codec
+from rsmtdf.store.codecs import Codec, EncodedArray, find_codec
 from rsmtdf.store.manifest import KEY, checked, differences, signed
 from rsmtdf.store.status import StatusArray
 
@@ -39,7 +39,7 @@ class StoredTeacher:
 
     path: Path
     spec: FeatureSpec
-    codec_name: str
+    codec: str
     shard_views: int
     mean: np.ndarray
     std: np.ndarray
@@ -51,12 +51,12 @@ class StoredTeacher:
         return self.spec.name
 
     @cached_property
-    def codec(self) -> Codec:
-        return codec(self.codec_name)
+    def coder(self) -> Codec:
+        return find_codec(self.codec)
 
     @cached_property
     def arrays(self) -> tuple[EncodedArray, ...]:
-        return self.codec.arrays(self.spec.tokens, self.spec.dim)
+        return self.coder.arrays(self.spec.tokens, self.spec.dim)
 
     @property
     def bytes_per_view(self) -> int:
@@ -89,28 +89,31 @@ class StoredTeacher:
                 f"features of teacher {self.name!r} have shape {tuple(features.shape)}, expected [views, "
                 f"{expected[0]} tokens, {expected[1]} channels]"
             )
-        mean, std = self._moments(features.device)
         try:
-            return self.codec.encode(features, mean=mean, std=std, rows=rows)
+            return self.coder.encode(features, mean=self.mean, std=self.std, rows=rows)
         except StoreError as error:
             raise StoreError(f"teacher {self.name!r}, {error}") from error
 
-    def decode(self, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """float32 [k, tokens, dim] on the arrays' device."""
-        mean, std = self._moments(next(iter(arrays.values())).device)
-        return self.codec.decode(arrays, mean=mean, std=std)
+    def decode(self, arrays: Mapping[str, torch.Tensor], *, device: torch.device) -> torch.Tensor:
+        """float32 [k, tokens, dim] on `device`."""
+        return self.coder.decode(arrays, mean=self.mean, std=self.std, device=device)
 
-    def expect(self, spec: FeatureSpec, codec_name: str, rule: Mapping[str, Any] | None) -> list[str]:
+    def roundtrip(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 [k, tokens, dim] on the features' device, as the store would give them back."""
+        return self.decode(self.encode(features), device=features.device)
+
+    def summary(self) -> dict[str, Any]:
+        """With `mean` and `std`: the statistics that a sibling store may take over."""
+        return {k: v for k, v in self.statistics.items() if k != "rule"}
+
+    def expect(self, spec: FeatureSpec, codec: str, rule: Mapping[str, Any] | None) -> list[str]:
         """One line per field in which this teacher differs from the one asked for."""
         lines = differences(spec.identity(), self.spec.identity())
-        if codec_name != self.codec_name:
-            lines.append(f"codec: expected {codec_name!r}, found {self.codec_name!r}")
+        if codec != self.codec:
+            lines.append(f"codec: expected {codec!r}, found {self.codec!r}")
         if rule is not None:
             lines += differences({"statistics rule": dict(rule)}, {"statistics rule": self.statistics.get("rule")})
         return lines
-
-    def _moments(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(self.mean).to(device), torch.from_numpy(self.std).to(device)
 
 
 def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
@@ -139,7 +142,7 @@ def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
     attributes = signed(
         {
             "spec": to_dict(teacher.spec),
-            "codec": teacher.codec_name,
+            "codec": teacher.codec,
             "statistics": dict(teacher.statistics),
             "arrays": {label: _sha256(values) for label, values in moments.items()},
         }
@@ -171,7 +174,7 @@ def load_teacher(path: Path, *, digest: str, shard_views: int) -> StoredTeacher:
     return StoredTeacher(
         path=path,
         spec=spec,
-        codec_name=data["codec"],
+        codec=data["codec"],
         shard_views=shard_views,
         mean=moments[0],
         std=moments[1],

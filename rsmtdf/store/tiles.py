@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -20,7 +21,6 @@ class TileIds(Sequence[str]):
     def __init__(self, id_bytes: np.ndarray, offsets: np.ndarray) -> None:
         self._blob = id_bytes.tobytes()
         self._offsets = offsets.astype(np.int64).tolist()
-        self._index: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -38,11 +38,10 @@ class TileIds(Sequence[str]):
             raise IndexError(f"tile {index} of {len(self)}")
         return self._blob[self._offsets[index] : self._offsets[index + 1]].decode()
 
+    @cached_property
     def indices(self) -> Mapping[str, int]:
         """Tile id -> index."""
-        if self._index is None:
-            self._index = {t: k for k, t in enumerate(self)}
-        return self._index
+        return {t: k for k, t in enumerate(self)}
 
 
 def read_tiles(path: Path, tiles: TileTable) -> TileIds:
