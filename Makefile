@@ -42,9 +42,10 @@ clean:  ## removes the .venv, caches, build and demo results (not runs/ or store
 # Once, and again whenever pyproject.toml changes. uv from PATH if it works, else by pip inside the new .venv:
 # nothing outside this folder is touched, so externally managed Pythons stay as they are.
 $(READY): pyproject.toml
-	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "rsmtdf needs Python 3.11 or newer, and $(PYTHON3) is $$($(PYTHON3) --version 2>&1 || echo missing);" \
-		"name another one: make $(or $(MAKECMDGOALS),setup) PYTHON3=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "rsmtdf needs Python 3.11 or newer, and $(PYTHON3) is" \
+		"$$($(PYTHON3) --version 2>/dev/null || echo 'not there')." \
+		"Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON3=/path/to/python3.12" >&2; exit 1; }
 	@set -e; if uv --version >/dev/null 2>&1; then \
 		uv=uv; test -x $(BIN)/python || uv venv --quiet --python "$$(command -v $(PYTHON3))" .venv; \
 	else \
