@@ -11,7 +11,7 @@ import numpy as np
 
 from rsmtdf.data.dataset import Dataset
 from rsmtdf.data.listing import require_bytes
-from rsmtdf.data.masks import decode, read_raw, unknown_message
+from rsmtdf.data.masks import decode, read_raw, unknown_message, value_counts
 from rsmtdf.data.names import few
 from rsmtdf.data.raster import choose_bands, read_header
 from rsmtdf.data.usable import Progress, each
@@ -204,7 +204,7 @@ def _look(dataset: Dataset, image: str, tiles: list[Tile], *, read_image: bool) 
             for value, count in unknown.items():
                 found.unknown[value] = found.unknown.get(value, 0) + count
             if raw.values.dtype == np.uint8:
-                found.raw_values.update(np.flatnonzero(np.bincount(raw.values.reshape(-1), minlength=256)).tolist())
+                found.raw_values.update(value_counts(raw.values))
     except DatasetError as error:
         found.unreadable[mask] = str(error)
     return found

