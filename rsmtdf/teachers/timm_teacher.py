@@ -136,7 +136,10 @@ def _make(source: TeacherSource, native_px: tuple[int, int]) -> nn.Module:
             source.model, pretrained=False, num_classes=0, img_size=native_px, dynamic_img_size=True, **overrides
         )
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise TeacherError(f"teacher '{source.name}': timm cannot build {source.model}: {error}") from error
+        raise TeacherError(
+            f"teacher '{source.name}': timm cannot build {source.model} as a vision transformer with "
+            f"{overrides}: {error}"
+        ) from error
     if not all(hasattr(model, a) for a in ("blocks", "patch_embed", "num_prefix_tokens", "forward_intermediates")):
         raise TeacherError(
             f"teacher '{source.name}': {source.model} is a {type(model).__name__}, not a vision transformer with "
