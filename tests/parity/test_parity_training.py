@@ -71,12 +71,10 @@ def run(parity, paper_spec, formula_teachers):
         predictions = {
             "pred_u_w": weak,
             "conf_cutmixed": cutmix(confidence, partner=batch.partner, box=batch.box),
-            "label": label,
+            "label": cutmix(label, partner=batch.partner, box=batch.box),
             "pred": student(torch.cat([batch.labelled, batch.strong])).logits,
         }
-    watched = {
-        parity.ours(key.split("/", 2)[2]) for key in parity.json("train_266_fp64")["tensors"] if "/grad/" in key
-    }
+    watched = {parity.ours(key.split("/", 2)[2]) for key in parity.json("train_266_fp64")["tensors"] if "/grad/" in key}
     steps, ema_at_099 = [], {}
     for step in range(3):
         before = {name: p.detach().clone() for name, p in student.named_parameters() if name in watched}

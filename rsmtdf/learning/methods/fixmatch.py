@@ -34,4 +34,7 @@ def fixmatch_terms(
         "loss_x": cross_entropy(labelled, batch.labels, pixels=counts.labelled_pixels),
         "loss_u": consistency(strong, label, selected, pixels=counts.unlabelled_pixels),
     }
-    return parts, {"selected": selected.sum(), "mask_ratio": selected.sum() / counts.unlabelled_pixels}, output
+    count = selected.sum()
+    # An integer quotient would be float32 even in a float64 run.
+    extra = {"selected": count, "mask_ratio": count.to(confidence.dtype) / counts.unlabelled_pixels}
+    return parts, extra, output
