@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from rsmtdf.errors import TeacherError
+from rsmtdf.teachers.presets import PRESETS
 from rsmtdf.teachers.source import TeacherSource
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def hub_file(source: HubFile, *, teacher: str, download: Download | None = None)
 
     Args:
         source: what to get; the first of its `files` that exists is taken.
-        teacher: the teacher's name, for messages.
+        teacher: whose weights they are, for messages.
         download: how to get a file of a repository; `huggingface_hub.hf_hub_download` where None.
 
     Raises:
@@ -59,7 +60,7 @@ def hub_file(source: HubFile, *, teacher: str, download: Download | None = None)
     """
     if (cached := cached_file(source)) is not None:
         return cached
-    logger.info("downloading the weights of teacher '%s': %s", teacher, source)
+    logger.info("downloading the weights of '%s': %s", teacher, source)
     if not source.repo:
         return _download_url(source, teacher)
     return _download_repo(source, teacher, download or huggingface_hub.hf_hub_download, source.files)
@@ -108,12 +109,12 @@ def _download_repo(source: HubFile, teacher: str, download: Download, files: Seq
             return Path(download(source.repo, file))
         except GatedRepoError as error:
             raise TeacherError(
-                f"the weights of teacher '{teacher}' are gated: accept their terms at "
+                f"the weights of '{teacher}' are gated: accept their terms at "
                 f"https://huggingface.co/{source.repo}, then log in with: hf auth login"
             ) from error
         except RepositoryNotFoundError as error:
             raise TeacherError(
-                f"teacher '{teacher}': huggingface.co shows no repository {source.repo} to this account; check the "
+                f"'{teacher}': huggingface.co shows no repository {source.repo} to this account; check the "
                 "name, or, where it is private, log in with: hf auth login"
             ) from error
         # LocalEntryNotFoundError (no network) is an EntryNotFoundError too, but also a FileNotFoundError.
@@ -123,7 +124,7 @@ def _download_repo(source: HubFile, teacher: str, download: Download, files: Seq
             continue
         except (HfHubHTTPError, OSError) as error:
             raise _offline(source, teacher) from error
-    raise TeacherError(f"teacher '{teacher}': {source.repo} on huggingface.co has no file {' or '.join(files)}")
+    raise TeacherError(f"'{teacher}': {source.repo} on huggingface.co has no file {' or '.join(files)}")
 
 
 def _download_url(source: HubFile, teacher: str) -> Path:
@@ -142,8 +143,8 @@ def _url_path(url: str) -> Path:
 
 def _offline(source: HubFile, teacher: str) -> TeacherError:
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface") if source.repo else torch.hub.get_dir()
+    how = f"rsmtdf teachers fetch {teacher}" if teacher in PRESETS else "this command"
     return TeacherError(
-        f"the weights of teacher '{teacher}' are not on this machine and cannot be downloaded: {source}. With network, "
-        f"run: rsmtdf teachers fetch {teacher} (and copy {cache} here), or download the file yourself and give its "
-        "path as the teacher's `weights`"
+        f"the weights of '{teacher}' are not on this machine and cannot be downloaded: {source}. Where there is a "
+        f"network, run {how} once and copy {cache} here, or download the file and give its path as `weights`"
     )

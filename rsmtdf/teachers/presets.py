@@ -6,7 +6,7 @@ Normalisation is the published model's own, but for `clip_vitl14`, which sees Im
 
 from __future__ import annotations
 
-from rsmtdf.teachers.source import TeacherSource
+from rsmtdf.teachers.source import PosEmbed, TeacherSource
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -14,11 +14,13 @@ _SAT_MEAN, _SAT_STD = (0.43, 0.411, 0.296), (0.213, 0.156, 0.143)
 
 
 def _dinov2(name: str, model: str) -> TeacherSource:
+    # The DINOv2 code resamples tables of its register models by size and antialiased, which is timm's rule.
+    rule: PosEmbed = "timm" if "_reg4_" in model else "official"
     return TeacherSource(
         name=name,
         library="timm",
         model=f"{model}.lvd142m",
-        pos_embed="official",
+        pos_embed=rule,
         licence="Apache-2.0",
         origin="https://github.com/facebookresearch/dinov2",
     )

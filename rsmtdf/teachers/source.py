@@ -39,9 +39,9 @@ class TeacherSource:
     final_norm: bool = True
     """Whether the model's last LayerNorm is applied to it (open_clip: `ln_post`)."""
     pos_embed: PosEmbed | None = None
-    """How a position table is resampled to another grid. official: as the DINOv2 code does; timm: as timm does;
-    native: by the model itself (rotary models, open_clip). None: official for timm's DINOv2 models, timm for its
-    other ViTs, native for the rest."""
+    """How a position table is resampled to another grid. official: as the DINOv2 code does for its first models;
+    timm: as timm does, and DINOv2 for its register models; native: by the model itself (rotary models, open_clip).
+    None: by the model's name, in this sense."""
     compute_dtype: ComputeDtype = "float32"
     """float32, or the dtype of autocast."""
     overrides: Mapping[str, Any] = field(default_factory=dict)

@@ -152,7 +152,7 @@ def _rule(source: TeacherSource) -> PosEmbed:
     if source.pos_embed is not None:
         return source.pos_embed
     if "dinov2" in source.model:
-        return "official"
+        return "timm" if "_reg4_" in source.model else "official"
     # An unknown name goes to build_vit, which says so and lists near ones.
     known_elsewhere = timm.is_model(source.model) and not timm.models.is_model_in_modules(
         source.model.split(".")[0], ["vision_transformer"]

@@ -37,7 +37,7 @@ def failing(kind: type[Exception]) -> Any:
     [
         (GatedRepoError, r"gated: accept their terms at https://huggingface.co/owner/nothing.*hf auth login"),
         (RepositoryNotFoundError, r"shows no repository owner/nothing"),
-        (LocalEntryNotFoundError, r"not on this machine.*a\.safetensors or b\.bin.*teachers fetch dino"),
+        (LocalEntryNotFoundError, r"not on this machine.*a\.safetensors or b\.bin.*run this command once"),
         (HfHubHTTPError, r"cannot be downloaded"),
         (ConnectionError, r"cannot be downloaded"),
         (EntryNotFoundError, r"has no file a\.safetensors or b\.bin"),

@@ -174,7 +174,7 @@ def test_tags_are_checked_against_the_activation() -> None:
 
 
 def test_tag_offline_names_file_and_remedy() -> None:
-    with pytest.raises(TeacherError, match=r"timm/vit_large_patch14_clip_224.openai.*rsmtdf teachers fetch clip"):
+    with pytest.raises(TeacherError, match=r"timm/vit_large_patch14_clip_224.openai .*on huggingface.co"):
         OpenClipTeacher.fetch(replace(CLIP, weights="openai", overrides={}))
 
 

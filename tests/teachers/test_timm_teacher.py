@@ -83,7 +83,7 @@ class TestHalfPrecision(TeacherContract):
 def test_spec_is_read_from_the_model() -> None:
     spec = build(REGISTERS, (3, 5)).spec
     assert (spec.input_px, spec.grid, spec.patch_px, spec.dim) == ((42, 70), (3, 5), 14, 32)
-    assert (spec.prefix_tokens, spec.layer, spec.pos_embed, spec.activation) == (5, 2, "official", "gelu")
+    assert (spec.prefix_tokens, spec.layer, spec.pos_embed, spec.activation) == (5, 2, "timm", "gelu")
     assert spec.model == (
         "vit_small_patch14_reg4_dinov2(depth=3, embed_dim=32, img_size=70, init_values=0.5, num_heads=2)"
     )
@@ -91,6 +91,7 @@ def test_spec_is_read_from_the_model() -> None:
     assert (plain.input_px, plain.grid, plain.prefix_tokens, plain.layer) == ((64, 64), (4, 4), 1, 1)
     assert (plain.pos_embed, plain.final_norm) == ("timm", False)
     assert build(ROTARY).spec.pos_embed == "native"
+    assert build(DINOV2).spec.pos_embed == "official"
 
 
 def test_a_sixteen_pixel_patch_sees_592_pixels_for_the_paper_grid() -> None:
@@ -236,7 +237,7 @@ def test_missing_file_and_unpublished_weights() -> None:
 
 def test_offline_hub_names_file_and_remedy() -> None:
     source = TeacherSource(name="d", library="timm", model="vit_small_patch14_dinov2", weights="hf:o/r/f.pth")
-    with pytest.raises(TeacherError, match=r"o/r \(f\.pth\) on huggingface.co.*rsmtdf teachers fetch d"):
+    with pytest.raises(TeacherError, match=r"o/r \(f\.pth\) on huggingface.co.*run this command once"):
         TimmTeacher.fetch(source)
 
 
