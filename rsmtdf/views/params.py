@@ -35,7 +35,8 @@ HUE_TURN = 192
 BLUR_STEP = 64
 """Blur radii are multiples of 1/64 px: few enough that a test checks every kernel."""
 
-MAX_BLUR_RADIUS = 8.0
+MAX_BLUR_RADIUS = 4.0
+"""In pixels: beyond, weights in 1/256 would be too coarse (the kernel's deviation is kept to 4 %)."""
 
 JITTER_ORDERS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(4)))
 """`jitter_order` -> the order of (0 brightness, 1 contrast, 2 saturation, 3 hue); lexicographic, so 0 is 0, 1, 2, 3."""
