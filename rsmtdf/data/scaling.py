@@ -99,7 +99,7 @@ def _limits(low: float, high: float, digits: int | None) -> tuple[float, float]:
 
 def _stretch(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     low, high = limits
-    scaled = (values - low) * (255.0 / (high - low))
+    scaled = (values - low) * 255.0 / (high - low)
     scaled = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0)
     stretched: np.ndarray = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
     return stretched
