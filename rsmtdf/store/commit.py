@@ -98,8 +98,7 @@ def _withdraw(store: FeatureStore, status: StatusArray, shard: int) -> None:
     committed = np.isin(state_of(words), (DONE, SKIPPED))
     if committed.any():
         _break_seal(store, status, shard)
-        words[committed] = word(TODO)
-        status.write_shard(shard, words)
+        status.write_shard(shard, np.where(committed, np.uint64(word(TODO)), words))
 
 
 def _break_seal(store: FeatureStore, status: StatusArray, shard: int) -> None:

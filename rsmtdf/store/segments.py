@@ -93,7 +93,7 @@ class NewSegment:
             raise StoreError(f"{where}: {self.rows} rows cannot be {self.seeds} equal seeds of at least one view")
         n = self.rows // self.seeds
         block = self.tile_ids[:n]
-        if self.tile_ids not in (block, block * self.seeds):
+        if len(block) != n or self.tile_ids not in (block, block * self.seeds):
             raise StoreError(
                 f"{where}: {len(self.tile_ids)} tile ids, expected {n} (one seed) or {self.rows} "
                 "(every row, the same list for each seed)"

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from rsmtdf.errors import StoreIncomplete
+from rsmtdf.specs import FeatureSource
+from rsmtdf.store.reader import CachedFeatures
+
+
+def expected(kit, rows) -> torch.Tensor:
+    return torch.stack([kit.feature("t", int(r)) for r in rows])
+
+
+@pytest.fixture
+def store(kit, path):
+    return kit.full(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 3}, {"force_zarr": True}, {"verify": False}])
+def test_rows_come_in_the_order_asked_for(kit, store, options):
+    rows = np.array([22, 0, 13, 0, 9, 5, 16])
+    with CachedFeatures(store, ["t"], device="cpu", **options) as source:
+        for _ in range(3):
+            assert torch.equal(source.fetch(rows)["t"], expected(kit, rows))
+        assert torch.equal(source.fetch(rows[:2], None)["t"], expected(kit, rows[:2]))
+
+
+def test_it_is_a_feature_source(kit, store):
+    with CachedFeatures(store, ["t"], device="cpu") as found:
+        source: FeatureSource = found
+        assert source.specs == {"t": kit.spec()}
+        assert source.needs_pixels is False
+
+
+def test_targets_are_the_callers(kit, store):
+    with CachedFeatures(store, ["t"], device="cpu") as source:
+        first = source.fetch(np.array([0, 1]))["t"]
+        kept = first.clone()
+        source.fetch(np.array([2, 3]))
+        assert torch.equal(first, kept)
+
+
+def test_from_many_threads(kit, store):
+    rows = kit.rows(store)
+    wrong: list[int] = []
+    with CachedFeatures(store, ["t"], device="cpu", threads=2) as source:
+
+        def work(seed: int) -> None:
+            for _ in range(10):
+                batch = np.random.default_rng(seed).choice(rows, 5)
+                if not torch.equal(source.fetch(batch)["t"], expected(kit, batch)):
+                    wrong.append(seed)
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert not wrong
+
+
+def test_unfinished_features_are_counted(kit, path):
+    store = kit.create(path)
+    store.extend([kit.weak(), kit.strong()])
+    kit.add_teacher(store)
+    kit.write(store, 0)
+    kit.write(store, 1, skipped=(5,))
+    rows = kit.rows(store)
+    message = f"features for 't' in {path} cover 7 of 15 views; finish them with: rsmtdf cache-features --dataset toy"
+    with pytest.raises(StoreIncomplete, match=message):
+        CachedFeatures(store, ["t"], device="cpu", rows=rows)
+    with CachedFeatures(store, ["t"], device="cpu", rows=rows[:5]) as source:
+        for row in (5, 9, 10):  # skipped, not done, a hole
+            with pytest.raises(StoreIncomplete, match=f"lack view {row} "):
+                source.fetch(np.array([row]))
+    with pytest.raises(StoreIncomplete, match="no teacher 'u'; it has: t"):
+        CachedFeatures(store, ["u"], device="cpu")
+
+
+def test_stored_values(kit, store):
+    with CachedFeatures(store, ["t"], device="cpu") as source:
+        found = source.read_rows("t", np.array([4, 2]))
+    assert list(found) == ["features"]
+    assert found["features"].dtype == np.float16
+    np.testing.assert_array_equal(found["features"], expected(kit, [4, 2]).numpy())
+
+
+def test_a_compressed_archive_is_read_through_zarr(kit, store, path):
+    node = path / "teachers" / "t" / "features"
+    values = zarr.open_array(node, mode="r")[:]
+    archive = zarr.create_array(
+        node, shape=values.shape, chunks=(1, 6, 8), dtype="float16", fill_value=float("nan"), overwrite=True
+    )
+    archive[:] = values
+    with CachedFeatures(store, ["t"], device="cpu") as source:
+        rows = kit.rows(store)
+        assert torch.equal(source.fetch(rows)["t"], expected(kit, rows))
