@@ -20,9 +20,10 @@ from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
 from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Plan, make_plan, resolve_amounts
-from rsmtdf.store.codecs import CODECS
+from rsmtdf.store.codecs import CODECS, bytes_per_view
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.registry import TeacherSource, build_teacher, describe, resolve_source
+from rsmtdf.vit import build_vit, patch_px
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +51,34 @@ def select_teachers(experiment: Experiment, names: Sequence[str] | None) -> Expe
 
 def student_grid(experiment: Experiment) -> tuple[int, int]:
     """The student's patch grid for the training crop."""
-    from rsmtdf.student.model import backbone_patch_px
-
-    overrides = tuple(sorted(experiment.student.overrides.items()))
-    side = experiment.views.crop_px // backbone_patch_px(experiment.student.backbone, overrides=overrides)
-    return side, side
+    config, crop = experiment.student, experiment.views.crop_px
+    with torch.device("meta"):
+        vit = build_vit(
+            config.backbone, img_px=(config.img_px,) * 2, pos_embed=config.pos_embed, overrides=config.overrides
+        )
+    patch = patch_px(vit)
+    if crop % patch:
+        raise ConfigError(
+            f"views.crop_px {crop} is no multiple of the student's patch of {patch} px; the nearest is "
+            f"{max(round(crop / patch), 1) * patch}"
+        )
+    return crop // patch, crop // patch
 
 
 def teacher_sources(experiment: Experiment) -> dict[str, TeacherSource]:
-    return {t.name: resolve_source(t.preset or t.name, name=t.name, **t.changes()) for t in experiment.teachers}
+    """Teacher name -> what it is made from.
+
+    Raises:
+        ConfigError: no such preset, or a field that fits none.
+    """
+    return {t.name: resolve_source(_entry(t)) for t in experiment.teachers}
+
+
+def _entry(teacher: TeacherConfig) -> dict[str, Any]:
+    entry = {"name": teacher.name, **teacher.changes()}
+    if teacher.library is None or teacher.preset is not None:
+        entry["preset"] = teacher.preset or teacher.name
+    return entry
 
 
 def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float | None = None) -> CacheJob:
@@ -73,9 +93,9 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
         workspace = open_workspace(source, root=root, progress=bar.update_to)
     sources = teacher_sources(experiment)
     grid = student_grid(experiment)
-    codec = CODECS[_known_codec(experiment.cache.codec)]
+    codec = _known_codec(experiment.cache.codec)
     facts = {name: describe(s, student_grid=grid) for name, s in sources.items()}
-    sizes = {name: codec.bytes_per_view(tokens=f.tokens, dim=f.dim) for name, f in facts.items()}
+    sizes = {name: bytes_per_view(codec, f.tokens, f.dim) for name, f in facts.items()}
     store = _existing(out, experiment)
     free = shutil.disk_usage(_existing_parent(out)).free
     used = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if store else 0
@@ -95,7 +115,7 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
         labelled=labelled,
         done_views=_views_done(store, list(sources)) if store else 0,
         bytes_per_view=sizes,
-        shard_views=SHARD_VIEWS,
+        shard_views=store.shard_views if store else SHARD_VIEWS,
         free_bytes=free,
         seconds_per_view=seconds_per_view,
     )
@@ -187,7 +207,7 @@ def _existing(out: Path, experiment: Experiment) -> FeatureStore | None:
 def _views_done(store: FeatureStore, teachers: Sequence[str]) -> int:
     if any(t not in store.teachers for t in teachers):
         return 0
-    return sum(s.rows for s in store.segments) - store.pending_views(list(teachers))
+    return store.n_views - store.pending_views(teachers)
 
 
 def _known_codec(name: str) -> str:

@@ -176,8 +176,10 @@ def evaluate(
 ) -> None:
     """Score a run's student on labelled tiles: mIoU, per-class IoU, confusion matrix."""
     from rsmtdf.cli import using
+    from rsmtdf.signals import stop_flag
 
-    result = using.evaluate_run(run, split=split, root=root, device=device)
+    with stop_flag() as stop:
+        result = using.score_run(run, split=split, root=root, device=device, stop=stop)
     show(result, as_json=as_json, text=using.scores_text(result))
 
 
@@ -187,6 +189,7 @@ def predict(
     src: Annotated[Path, typer.Argument(help="An image or raster: GeoTIFF, PNG, JPEG.")],
     dst: Annotated[Path, typer.Argument(help="The map: GeoTIFF (keeps the CRS) or PNG.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    batch: Annotated[int, typer.Option("--batch", help="Windows per forward pass.")] = 8,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -195,7 +198,7 @@ def predict(
     from rsmtdf.signals import stop_flag
 
     with stop_flag() as stop:
-        result = using.predict_run(run, src, dst, overwrite=overwrite, device=device, stop=stop)
+        result = using.map_image(run, src, dst, overwrite=overwrite, device=device, batch=batch, stop=stop)
     show(result, as_json=as_json, text=using.map_text(result))
 
 

@@ -26,12 +26,12 @@ from rsmtdf.specs import FeatureSource, to_dict
 from rsmtdf.stages import cache as cache_stage
 from rsmtdf.stages import train as stage
 from rsmtdf.stages.evaluate import evaluate
-from rsmtdf.store.codecs import CODECS
 from rsmtdf.store.reader import CachedFeatures
 from rsmtdf.store.store import FeatureStore
+from rsmtdf.student.model import Student
 from rsmtdf.student.spec import StudentSpec, teacher_heads
 from rsmtdf.teachers.online import OnlineFeatures
-from rsmtdf.teachers.registry import build_teacher
+from rsmtdf.teachers.registry import TeacherSource, build_teacher, fetch
 from rsmtdf.weights import read_weights
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def summary_text(result: Mapping[str, Any]) -> str:
 def run_source(run: RunFolder) -> tuple[Source, dict[str, Any]]:
     """The experiment that a run recorded, and the record itself."""
     record = run.config()
-    return source_from_record(record["experiment"], overrides=(), where=str(run.path / "config.json")), record
+    return source_from_record(record, overrides=(), where=str(run.path / "config.json")), record
 
 
 def _run_and_source(options: TrainOptions, store: FeatureStore) -> tuple[RunFolder | None, Source]:
@@ -170,7 +170,7 @@ def _new_run(options: TrainOptions, source: Source, store: FeatureStore) -> RunF
     stem = f"{experiment.dataset.name}-{labels}-{experiment.train.method}"
     path = options.out or next_run_path(Path("runs"), stem=stem)
     config = {
-        "experiment": source.as_dict(),
+        **source.as_dict(),
         "store": {"path": str(options.cache.resolve()), "identity": store.identity},
         "root": str(options.root.resolve()) if options.root else store.data_root,
         "teachers": options.teachers,
@@ -204,10 +204,8 @@ def _features(
 
 def _roundtrip(store: FeatureStore, name: str, tokens: torch.Tensor) -> torch.Tensor:
     """`tokens` as the store would give them back."""
-    stored = store.teachers[name]
-    codec = CODECS[stored.codec]
-    encoded = codec.encode(tokens.cpu(), mean=stored.mean, std=stored.std)
-    return codec.decode(encoded, mean=stored.mean, std=stored.std, device=tokens.device)
+    stored = store.teacher(name)
+    return stored.decode(stored.encode(tokens))
 
 
 def _student_spec(experiment: Experiment, features: FeatureSource | None) -> StudentSpec:
@@ -241,22 +239,14 @@ def _backbone(experiment: Experiment, *, base: Path) -> Mapping[str, torch.Tenso
     if weights == "random":
         return None
     if weights == "hub":
-        from rsmtdf.teachers.hub import timm_hub_weights
-
-        return timm_hub_weights(experiment.student.backbone)
+        named = TeacherSource(name="student backbone", library="timm", model=experiment.student.backbone)
+        return read_weights(fetch(named))
     return read_weights(base / weights)
 
 
-def _score(
-    student: torch.nn.Module, *, workspace: Workspace, tiles: Sequence[str], device: torch.device
-) -> dict[str, Any]:
-    return evaluate(
-        student,
-        workspace.dataset,
-        [workspace.tiles[t] for t in tiles],
-        device=device,
-        patch_px=1,
-    )
+def _score(student: Student, *, workspace: Workspace, tiles: Sequence[str], device: torch.device) -> dict[str, Any]:
+    found = [workspace.tiles[t] for t in tiles]
+    return evaluate(student, workspace.dataset, found, dataset=workspace.dataset.spec, device=device)
 
 
 def _ranks(device: torch.device) -> stage.Ranks:

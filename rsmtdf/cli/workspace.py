@@ -126,11 +126,10 @@ def open_workspace(
     tiles = dataset.tiles()
     if not tiles:
         raise DatasetError(f"{root} holds no usable images for data set {experiment.dataset.name}")
-    left_out, unreadable = dict(dataset.left_out), {}
+    left_out, unreadable = dataset.left_out, dataset.unreadable
     if scan:
         usable = usable_tiles(dataset, tiles, workers=experiment.cache.workers, progress=progress)
-        tiles, unreadable = usable.kept, dict(usable.unreadable)
-        left_out.update(usable.left_out)
+        tiles, left_out, unreadable = usable.kept, usable.left_out, usable.unreadable
     splits = make_splits(dataset, tiles, experiment.splits, base=source.base)
     labelled = labelled_tiles(
         dataset, splits.train, experiment.splits.labels, seed=experiment.splits.seed, base=source.base

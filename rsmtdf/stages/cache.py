@@ -23,6 +23,7 @@ from rsmtdf.errors import DatasetError, StoreMismatch
 from rsmtdf.keyed import Draws
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Stream, Teacher, Tile, TileReader, ViewRecipe
+from rsmtdf.store.queries import coverage, next_generation
 from rsmtdf.store.segments import NewSegment
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.store import FeatureStore
@@ -34,6 +35,13 @@ from rsmtdf.views.view import View, view_crc
 log = logging.getLogger(__name__)
 
 STATISTICS_VIEWS = 256
+STATISTICS_RULE = {
+    "kind": "welford",
+    "views": STATISTICS_VIEWS,
+    "sample": "keyed by the store's identity",
+    "version": 1,
+}
+"""Part of a stored teacher's identity (design, section 4)."""
 Progress = Callable[[int, int], None]
 """Called with (views finished, bytes written) after each shard."""
 
@@ -85,17 +93,17 @@ def grow_store(
     itself. Weak: `weak_views` of every labelled tile. Nothing that exists is touched.
     """
     recipe, tile_px = store.recipe, store.dataset.tile_px
-    covered = _coverage(store)
     new: list[NewSegment] = []
+    have = coverage(store, "strong")
     for seed in range(strong_seeds):
-        have = covered.get("strong", {})
-        if missing := sorted(t for t in pool if seed not in have.get(t, set())):
+        if missing := sorted(t for t in pool if seed not in have.get(t, ())):
             new.append(_strong_segment(store, recipe, missing, seed=seed, tile_px=tile_px))
     wanted: list[tuple[Stream, Sequence[str], int]] = [("weak", labelled, weak_views)]
     if plain:
         wanted.append(("plain", sorted({*pool, *labelled}), 1))
     for stream, tiles, views in wanted:
-        counts = {t: len(covered.get(stream, {}).get(t, ())) for t in tiles}
+        have = coverage(store, stream)
+        counts = {t: len(have.get(t, ())) for t in tiles}
         for have_views in sorted(set(counts.values())):
             if have_views < views:
                 group = sorted(t for t in tiles if counts[t] == have_views)
@@ -148,17 +156,19 @@ def add_teachers(
     """
     for name, teacher in teachers.items():
         if name in store.teachers:
-            store.expect_teacher(teacher.spec, codec)
+            store.expect_teacher(teacher.spec, codec, rule=STATISTICS_RULE)
             continue
-        rows = _real_rows(store)
-        sample = np.sort(rows[Draws("statistics", store.identity).permutation(len(rows))[:STATISTICS_VIEWS]])
+        sample = _statistics_rows(store)
         log.info("%s: channel statistics over %d views", name, len(sample))
         statistics = ChannelStatistics(teacher.spec.dim)
         for start in range(0, len(sample), batch):
-            stop.check(f"nothing of {name} is stored yet")
-            views = maker.mixed([int(r) for r in sample[start : start + batch]])
-            statistics.update(teacher(_pixels(views, _device_of(teacher))).cpu())
-        store.add_teacher(teacher.spec, codec=codec, statistics=statistics)
+            stop.check(f"stopped; nothing of {name} is stored yet, run the same command again")
+            views = [v for row in sample[start : start + batch] for v in _if_readable(maker, int(row))]
+            if views:
+                statistics.update(teacher(_pixels(views, _device_of(teacher))))
+        if not statistics.views:
+            raise DatasetError(f"none of {len(sample)} sampled tiles of {store.data_root} can be read")
+        store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=STATISTICS_RULE)
 
 
 def fill_store(
@@ -180,10 +190,11 @@ def fill_store(
     """
     started = time.perf_counter()
     report = CacheReport()
-    todo = [s for s in store.missing_shards(list(teachers)) if shards is None or s in set(shards)]
+    missing = {name: set(store.missing_shards([name])) for name in teachers}
+    todo = sorted(set().union(*missing.values()) & (set(shards) if shards is not None else set(range(store.n_shards))))
     with store.claim(todo), ThreadPoolExecutor(max(workers, 1)) as pool, ThreadPoolExecutor(1) as writer:
         pending: Future[int] | None = None
-        for shard, rows, made in _made_shards(store, todo, maker, pool, report, ahead=max(workers, 1), stop=stop):
+        for shard, rows, made in _made_shards(store, todo, maker, pool, report, stop=stop):
             waited = time.perf_counter()
             views = [(row, future.result()) for row, future in zip(rows, made, strict=True)]
             report.busy["wait"] += time.perf_counter() - waited
@@ -191,10 +202,11 @@ def fill_store(
             bad = {row: view for row, view in views if isinstance(view, str)}
             for row, reason in bad.items():
                 report.skipped[maker.tile(row).id] = reason
-            features, batch = _teach(list(good.values()), teachers, batch, report, stop)
+            lacking = {name: teacher for name, teacher in teachers.items() if shard in missing[name]}
+            features, batch = _teach(list(good.values()), lacking, batch, report, stop)
             if pending is not None:
                 report.bytes_written += pending.result()
-            pending = writer.submit(_write, store, shard, good, bad, features, teachers, report)
+            pending = writer.submit(_write, store, shard, good, bad, features, lacking, report)
             report.views += len(rows)
             if progress is not None:
                 progress(len(rows), report.bytes_written)
@@ -212,11 +224,9 @@ def _made_shards(
     pool: ThreadPoolExecutor,
     report: CacheReport,
     *,
-    ahead: int,
     stop: StopFlag,
 ) -> Iterator[tuple[int, list[int], list[Future[View | str]]]]:
     """Shards with the futures of their views, made at most one shard ahead of the one in hand."""
-    del ahead
     queue: deque[tuple[int, list[int], list[Future[View | str]]]] = deque()
     for shard in todo:
         stop.check(f"stopped; run the same command again to go on ({store.path})")
@@ -309,6 +319,20 @@ def _write(
         report.busy["write"] += time.perf_counter() - begun
 
 
+def _statistics_rows(store: FeatureStore) -> np.ndarray:
+    """A keyed sample of the rows, ascending."""
+    rows = np.concatenate([np.arange(s.row_start, s.row_stop) for s in store.segments])
+    return np.sort(rows[Draws("statistics", store.identity).permutation(len(rows))[:STATISTICS_VIEWS]])
+
+
+def _if_readable(maker: ViewMaker, row: int) -> list[View]:
+    """The view of `row`, or nothing: a tile that does not open is reported when its shard is made."""
+    try:
+        return maker.mixed([row])
+    except DatasetError:
+        return []
+
+
 def _pixels(views: Sequence[View], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.stack([v.pixels for v in views])).to(device)
 
@@ -317,36 +341,10 @@ def _device_of(teacher: Teacher) -> torch.device:
     return getattr(teacher, "device", torch.device("cpu"))
 
 
-def _real_rows(store: FeatureStore) -> np.ndarray:
-    return np.concatenate([np.arange(s.row_start, s.row_start + s.rows) for s in store.segments])
-
-
-def _coverage(store: FeatureStore) -> dict[str, dict[str, set[int]]]:
-    """Stream -> tile id -> the seeds it has."""
-    out: dict[str, dict[str, set[int]]] = {}
-    ids = list(store.tile_ids)
-    if not store.segments:
-        return out
-    tile, seed = store.column("tile"), store.column("seed")
-    for segment in store.segments:
-        per_tile = out.setdefault(segment.stream, {})
-        rows = slice(segment.row_start, segment.row_start + segment.rows)
-        for t, s in zip(tile[rows].tolist(), seed[rows].tolist(), strict=True):
-            per_tile.setdefault(ids[t], set()).add(s)
-    return out
-
-
-def _next_generation(store: FeatureStore, stream: str, seed: int) -> int:
-    taken = [
-        s.generation for s in store.segments if s.stream == stream and s.seed_start <= seed < s.seed_start + s.seeds
-    ]
-    return max(taken, default=-1) + 1
-
-
 def _strong_segment(
     store: FeatureStore, recipe: ViewRecipe, tiles: Sequence[str], *, seed: int, tile_px: int
 ) -> NewSegment:
-    generation = _next_generation(store, "strong", seed)
+    generation = next_generation(store, "strong", seed)
     order, partner = match_pool(recipe, tile_ids=tiles, stream="strong", seed=seed, generation=generation)
     ordered = [tiles[i] for i in order]
     table = draw_table(recipe, tile_ids=ordered, tile_px=tile_px, stream="strong", seed=seed)
@@ -371,7 +369,7 @@ def _plain_segment(
         stream=stream,
         seed_start=seeds.start,
         seeds=len(seeds),
-        generation=_next_generation(store, stream, seeds.start),
+        generation=next_generation(store, stream, seeds.start),
         tile_ids=tuple(tiles),
         columns={name: table[name] for name in PARAM_DTYPE.names or ()},
         partner=np.arange(len(table), dtype=np.int64),

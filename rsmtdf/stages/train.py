@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from rsmtdf.config import Experiment, TrainConfig
-from rsmtdf.errors import StoreIncomplete, TrainingError
+from rsmtdf.errors import TrainingError
 from rsmtdf.learning.batch import MicroBatch, Reduce
 from rsmtdf.learning.budget import parse_budget, total_steps
 from rsmtdf.learning.checkpoint import load_state, save_state
@@ -33,7 +33,8 @@ from rsmtdf.learning.step import train_step
 from rsmtdf.pixels import normalise
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.specs import FeatureSource
-from rsmtdf.store.status import DONE, state_of
+from rsmtdf.store.queries import strong_pairs, weak_rows
+from rsmtdf.store.status import crc_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.artifact import save_student
 from rsmtdf.student.model import Student, build_student, load_backbone
@@ -139,35 +140,14 @@ def build_schedule(job: TrainJob) -> Schedule:
             f"a batch of {config.batch} cannot be cut into micro-batches of {config.micro_batch} on "
             f"{job.ranks.world} ranks; set train.batch to a multiple of {micro}"
         )
-    usable = _usable_rows(job.store)
-    ids = list(job.store.tile_ids)
-    position = {t: i for i, t in enumerate(ids)}
-    tile, partner = job.store.column("tile"), job.store.column("partner")
-    in_pool = np.isin(tile, [position[t] for t in job.pool if t in position])
-    weak: dict[int, list[np.ndarray]] = {position[t]: [] for t in job.labelled if t in position}
-    pairs: dict[int, list[np.ndarray]] = {}
-    for segment in job.store.segments:
-        rows = np.arange(segment.row_start, segment.row_start + segment.rows)
-        rows = rows[usable[rows]]
-        if segment.stream == "weak":
-            for index, found in weak.items():
-                found.append(rows[tile[rows] == index])
-        elif segment.stream == "strong":
-            firsts = rows[(partner[rows] > rows) & usable[partner[rows]] & in_pool[rows] & in_pool[partner[rows]]]
-            both = np.stack([firsts, partner[firsts]], axis=1)
-            pairs.setdefault(segment.seed_start, []).append(both)
-    table = {t: np.concatenate(weak[position[t]]) if t in position and weak[position[t]] else [] for t in job.labelled}
-    if lacking := [t for t, rows in table.items() if not len(rows)]:
-        raise StoreIncomplete(
-            f"{job.store.path} has no weak views of {len(lacking)} of {len(table)} labelled tiles (first: "
-            f"{', '.join(lacking[:3])}); add them with the same rsmtdf cache-features command and these --labels"
-        )
-    width = max((len(rows) for rows in table.values()), default=0)
-    matrix = np.full((len(table), width), -1, dtype=np.int64)
-    for i, name in enumerate(sorted(table)):
-        matrix[i, : len(table[name])] = table[name]
-    joined = {seed: np.concatenate(parts) for seed, parts in pairs.items()}
-    return Schedule(pairs=joined, weak=matrix, batch=config.batch, seed=config.seed)
+    teachers = list(job.source.specs) if job.source is not None and not job.source.needs_pixels else []
+    usable = job.store.usable(teachers)
+    return Schedule(
+        pairs=strong_pairs(job.store, job.pool, usable),
+        weak=weak_rows(job.store, sorted(job.labelled), usable),
+        batch=config.batch,
+        seed=config.seed,
+    )
 
 
 class _Loop:
@@ -191,8 +171,9 @@ class _Loop:
         )
         check = None
         if job.source is not None:
-            expected = (job.store.view_status() & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-            check = PixelCheck(expected, strict=config.pixel_mismatch == "error", where=str(job.store.path))
+            check = PixelCheck(
+                crc_of(job.store.view_status()), strict=config.pixel_mismatch == "error", where=str(job.store.path)
+            )
         self._check = check
         self._maker = BatchMaker(maker=job.maker, check=check, workers=config.workers)
         self._feature_wait = 0.0
@@ -217,7 +198,9 @@ class _Loop:
         """The median duration of a few steps after a warm-up; changes this loop's student."""
         durations = []
         begun = time.perf_counter()
-        for step, batches in zip(range(1 + CALIBRATION_STEPS), self._micro_batches(0, 1 + CALIBRATION_STEPS)):
+        for step, batches in zip(
+            range(1 + CALIBRATION_STEPS), self._micro_batches(0, 1 + CALIBRATION_STEPS), strict=True
+        ):
             float(self._one_step(step, CALIBRATION_STEPS + 1, batches)["loss"])
             durations.append(time.perf_counter() - begun)
             begun = time.perf_counter()
@@ -230,7 +213,7 @@ class _Loop:
         begun, first = time.perf_counter(), at.step
         patience_out = False
         try:
-            for step, batches in zip(range(at.step, total), self._micro_batches(at.step, total)):
+            for step, batches in zip(range(at.step, total), self._micro_batches(at.step, total), strict=True):
                 terms = self._one_step(step, total, batches)
                 at.step = step + 1
                 last = at.step == total
@@ -404,11 +387,6 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _usable_rows(store: FeatureStore) -> np.ndarray:
-    """bool [rows]: views whose pixels were made (stage 1 recorded their crc)."""
-    return state_of(store.view_status()) == DONE
 
 
 def resumable_config(config: TrainConfig) -> dict[str, Any]:

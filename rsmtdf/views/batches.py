@@ -122,11 +122,11 @@ class BatchMaker:
 
     def _strong(self, unit: Sequence[int]) -> list[tuple[View, View]]:
         """(weak, strong) of each row of a CutMix pair."""
-        mixed = self._maker.mixed(unit)
+        views = self._maker.weak_and_mixed(unit)
         if self._check is not None:
-            for row, view in zip(unit, mixed, strict=True):
-                self._check(row, view, self._maker.tile(row).id)
-        return [(self._maker.weak(row), view) for row, view in zip(unit, mixed, strict=True)]
+            for row, (_, mixed) in zip(unit, views, strict=True):
+                self._check(row, mixed, self._maker.tile(row).id)
+        return views
 
     def _collect(
         self,

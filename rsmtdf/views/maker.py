@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsmtdf.specs import Tile, TileReader, ViewRecipe
-from rsmtdf.views.view import View, paste, render, render_label
-
-_PHOTOMETRIC = ("jitter", "grey", "blur_radius", "cut_y", "cut_x", "cut_h", "cut_w")
+from rsmtdf.views.view import View, paste, render, render_both, render_label
 
 
 class ViewMaker:
@@ -74,13 +72,19 @@ class ViewMaker:
             out.append(view)
         return out
 
-    def weak(self, row: int) -> View:
-        """The geometry of `row` alone: the weak view that belongs to a strong one (same tile, same seed)."""
-        image, valid = self._reader.read_image(self.tile(row))
-        params = self._params[row].copy()
-        for name in _PHOTOMETRIC:
-            params[name] = 0
-        return render(image, valid, params, recipe=self._recipe)
+    def weak_and_mixed(self, rows: Sequence[int]) -> list[tuple[View, View]]:
+        """(geometry alone, finished view) of each row; CutMix partners are all among `rows`."""
+        both: dict[int, tuple[View, View]] = {}
+        for row in rows:
+            image, valid = self._reader.read_image(self.tile(row))
+            both[row] = render_both(image, valid, self._params[row], recipe=self._recipe)
+        out = []
+        for row in rows:
+            weak, strong = both[row]
+            if self.box(row)[2]:
+                strong = paste(strong, both[self.partner(row)][1], self._params[row])
+            out.append((weak, strong))
+        return out
 
     def label(self, row: int) -> np.ndarray:
         """Class indices uint8 [crop, crop] in the geometry of `row`; 255 where ignored or not valid."""
