@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -50,8 +50,7 @@ class TeacherConfig(Model):
 
     def changes(self) -> dict[str, Any]:
         """The fields that were given, for `rsmtdf.teachers` to lay over the preset."""
-        given = self.model_dump(exclude_none=True, exclude={"name", "preset", "fusion_weight"})
-        return cast("dict[str, Any]", given)
+        return self.model_dump(exclude_none=True, exclude={"name", "preset", "fusion_weight"})
 
 
 class CacheConfig(Model):

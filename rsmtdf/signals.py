@@ -1,4 +1,4 @@
-"""Ending cleanly on Ctrl-C, SIGTERM and SIGHUP-less schedulers: a flag that long loops look at between units of work."""
+"""Ending cleanly on Ctrl-C and SIGTERM: a flag that long loops look at between units of work."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from rsmtdf.errors import ConfigError
 
@@ -79,8 +78,10 @@ def _official_pos_embed(self: VisionTransformer, x: torch.Tensor) -> torch.Tenso
     n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
     table = _resample(self.pos_embed, n_prefix, tuple(self.patch_embed.grid_size), (gh, gw))
     if self.no_embed_class:
-        return cast("nn.Module", self.pos_drop)(torch.cat([*prefix, tokens + table], dim=1))
-    return cast("nn.Module", self.pos_drop)(torch.cat([*prefix, tokens], dim=1) + table)
+        x = torch.cat([*prefix, tokens + table], dim=1)
+    else:
+        x = torch.cat([*prefix, tokens], dim=1) + table
+    return cast("torch.Tensor", self.pos_drop(x))
 
 
 def _resample(table: torch.Tensor, n_prefix: int, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:

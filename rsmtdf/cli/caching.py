@@ -22,7 +22,8 @@ from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Plan, make_plan, resolve_amounts
 from rsmtdf.store.codecs import CODECS, bytes_per_view
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
-from rsmtdf.teachers.registry import TeacherSource, build_teacher, describe, resolve_source
+from rsmtdf.teachers.registry import build_teacher, describe, resolve_source
+from rsmtdf.teachers.source import TeacherSource
 from rsmtdf.vit import build_vit, patch_px
 
 log = logging.getLogger(__name__)

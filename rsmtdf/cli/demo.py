@@ -73,7 +73,7 @@ def _summary(scores: dict[str, Any], drawn: dict[str, Any], runs: dict[str, Path
             "",
             *lines,
             using.map_text(drawn),
-            f"done in {seconds / 60:.1f} min. The images are synthetic and the teachers have random weights (surrogates):",
+            f"done in {seconds / 60:.1f} min. The images are synthetic, the teachers surrogates with random weights:",
             "these numbers show that the machinery works, not what the method gains.",
         ]
     )

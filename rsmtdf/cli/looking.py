@@ -63,9 +63,9 @@ def check(
 def store_info(path: Path) -> tuple[dict[str, Any], str]:
     """What a store holds, as data and as text."""
     info = FeatureStore.open(path).info()
+    state = "complete" if info["complete"] else "INCOMPLETE: run rsmtdf cache-features again"
     lines = [
-        f"store      {info['path']} ({info['bytes'] / 1e9:.2f} GB), "
-        f"{'complete' if info['complete'] else 'INCOMPLETE: run rsmtdf cache-features again'}",
+        f"store      {info['path']} ({info['bytes'] / 1e9:.2f} GB), {state}",
         f"identity   {info['identity'][:16]}  data set {info['dataset']}, images at {info['data_root']}",
         f"made by    {', '.join(f'{name} {version}' for name, version in info['versions'].items())}",
         f"views      {info['views']:,} of {info['tiles']:,} tiles in {info['shards']:,} shards"

@@ -105,7 +105,8 @@ def cache_features(
     job = caching.plan_cache(source, root=where, out=out)
     say(job.plan.text())
     if dry_run:
-        return show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
+        show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
+        return
     with stop_flag() as stop:
         result = caching.run_cache(job, device=device, stop=stop, say=say)
     show(result, as_json=as_json, text=caching.summary_text(result))

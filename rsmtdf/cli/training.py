@@ -29,9 +29,10 @@ from rsmtdf.stages.evaluate import evaluate
 from rsmtdf.store.reader import CachedFeatures
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.model import Student
-from rsmtdf.student.spec import StudentSpec, teacher_heads
+from rsmtdf.student.spec import StudentSpec, TeacherHead, teacher_heads
 from rsmtdf.teachers.online import OnlineFeatures
-from rsmtdf.teachers.registry import TeacherSource, build_teacher, fetch
+from rsmtdf.teachers.registry import build_teacher, fetch
+from rsmtdf.teachers.source import TeacherSource
 from rsmtdf.weights import read_weights
 
 log = logging.getLogger(__name__)
@@ -108,15 +109,15 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
 
 def summary_text(result: Mapping[str, Any]) -> str:
     """The end-of-run summary of stage 2."""
+    speed = f"{result['seconds']:.0f} s ({result['images_per_second']} images/s)"
+    memory = f"{result['peak_memory_bytes'] / 2**30:.1f} GiB"
     best = "none" if result["best_miou"] is None else f"{100 * result['best_miou']:.2f} at step {result['best_step']:,}"
     shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
     return "\n".join(
         [
-            f"trained    {result['method']}, {result['steps']:,} of {result['total_steps']:,} steps in "
-            f"{result['seconds']:.0f} s ({result['images_per_second']} images/s)",
+            f"trained    {result['method']}, {result['steps']:,} of {result['total_steps']:,} steps in {speed}",
             f"best mIoU  {best} (EMA student; selected on {result['selected_on']})",
-            f"time       {shares}; limited by {result['limited_by']}; peak memory "
-            f"{result['peak_memory_bytes'] / 2**30:.1f} GiB",
+            f"time       {shares}; limited by {result['limited_by']}; peak memory {memory}",
             f"next       rsmtdf evaluate {result['run']} --split test",
             f"           rsmtdf predict {result['run']} IMAGE.tif MAP.tif",
         ]
@@ -189,8 +190,8 @@ def _features(
     if options.teachers == "cached":
         if missing := [n for n in names if n not in store.teachers]:
             raise StoreIncomplete(
-                f"{options.cache} has no features of {', '.join(missing)} (it has {', '.join(store.teachers) or 'none'}); "
-                f"add them with rsmtdf cache-features --out {options.cache}"
+                f"{options.cache} has no features of {', '.join(missing)} "
+                f"(it has {', '.join(store.teachers) or 'none'}); add them with rsmtdf cache-features --out {options.cache}"
             )
         return CachedFeatures(store, names, device=device)
     grid = student_grid(experiment)
@@ -205,12 +206,12 @@ def _features(
 def _roundtrip(store: FeatureStore, name: str, tokens: torch.Tensor) -> torch.Tensor:
     """`tokens` as the store would give them back."""
     stored = store.teacher(name)
-    return stored.decode(stored.encode(tokens))
+    return stored.decode(stored.encode(tokens), device=tokens.device)
 
 
 def _student_spec(experiment: Experiment, features: FeatureSource | None) -> StudentSpec:
     config = experiment.student
-    heads = ()
+    heads: tuple[TeacherHead, ...] = ()
     if features is not None:
         weights = {t.name: t.fusion_weight for t in experiment.teachers}
         heads = tuple(
@@ -246,7 +247,7 @@ def _backbone(experiment: Experiment, *, base: Path) -> Mapping[str, torch.Tenso
 
 def _score(student: Student, *, workspace: Workspace, tiles: Sequence[str], device: torch.device) -> dict[str, Any]:
     found = [workspace.tiles[t] for t in tiles]
-    return evaluate(student, workspace.dataset, found, dataset=workspace.dataset.spec, device=device)
+    return evaluate(student, workspace.dataset, found, device=device)
 
 
 def _ranks(device: torch.device) -> stage.Ranks:
@@ -259,13 +260,12 @@ def _ranks(device: torch.device) -> stage.Ranks:
 
 
 def _first_screen(workspace: Workspace, experiment: Experiment, run: RunFolder, val: Sequence[str]) -> str:
-    train = experiment.train
+    train, labelled, pool = experiment.train, len(workspace.labelled), len(workspace.pool)
+    micro = f"micro-batches of {train.micro_batch}+{train.micro_batch}"
     lines = [
         f"run        {run.path}",
-        f"data       {experiment.dataset.name}: {len(workspace.labelled):,} labelled of {len(workspace.pool):,} tiles, "
-        f"{len(val):,} to validate",
-        f"method     {train.method}, recipe {train.recipe}, batch {train.batch}+{train.batch} in micro-batches of "
-        f"{train.micro_batch}+{train.micro_batch}",
+        f"data       {experiment.dataset.name}: {labelled:,} labelled of {pool:,} tiles, {len(val):,} to validate",
+        f"method     {train.method}, recipe {train.recipe}, batch {train.batch}+{train.batch} in {micro}",
     ]
     if not val:
         lines.append("note       no validation labels: nothing is selected, the last weights are kept")

@@ -132,7 +132,12 @@ def open_workspace(
         tiles, left_out, unreadable = usable.kept, usable.left_out, usable.unreadable
     splits = make_splits(dataset, tiles, experiment.splits, base=source.base)
     labelled = labelled_tiles(
-        dataset, splits.train, experiment.splits.labels, seed=experiment.splits.seed, base=source.base
+        dataset,
+        splits.train,
+        experiment.splits.labels,
+        seed=experiment.splits.seed,
+        base=source.base,
+        left_out=left_out,
     )
     pool = sorted(splits.train)
     if experiment.cache.pool == "unlabelled":

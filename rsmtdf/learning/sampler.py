@@ -1,4 +1,4 @@
-"""Which rows of the store make up each training step: a pure function of (seed, step), so a resumed run goes on exactly.
+"""Which rows of the store make up each training step: a pure function of (seed, step), so a run resumes exactly.
 
 Unlabelled: an epoch walks one strong seed's CutMix pairs in keyed order; seeds cycle without replacement. Labelled:
 an endless walk over the labelled tiles, each pass in a new keyed order and with each tile's next weak view. A global
@@ -66,7 +66,7 @@ class Schedule:
         """The strong seed that `epoch` (from 0) uses: every seed once per cycle, each cycle in a new keyed order."""
         seeds = list(self._pairs)
         order = Draws("seed-cycle", self._seed, epoch // len(seeds)).permutation(len(seeds))
-        return seeds[order[epoch % len(seeds)]]
+        return seeds[int(order[epoch % len(seeds)])]
 
     def rows(self, step: int) -> StepRows:
         """The rows of `step` (from 0)."""

@@ -123,8 +123,8 @@ def view_maker(store: FeatureStore, *, reader: TileReader, tiles: Mapping[str, T
     ids = list(store.tile_ids)
     if gone := [t for t in ids if t not in tiles]:
         raise DatasetError(
-            f"{store.path} holds views of {len(gone)} tiles that are not in the data set (first: {', '.join(gone[:3])}); "
-            f"give the folder the store was made from with --root"
+            f"{store.path} holds views of {len(gone)} tiles that are not in the data set "
+            f"(first: {', '.join(gone[:3])}); give the folder the store was made from with --root"
         )
     return ViewMaker(
         reader=reader,
@@ -250,7 +250,7 @@ def _submit(
             outcome = list(maker.mixed(unit))
         except DatasetError as error:
             outcome = [str(error)] * len(unit)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (handed to whoever waits for the views)
             for row in unit:
                 futures[row].set_exception(error)
             return

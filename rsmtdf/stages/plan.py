@@ -57,14 +57,14 @@ class Plan:
         """A few lines for a terminal."""
         streams = " + ".join(f"{n:,} {stream}" for stream, n in self.views.items() if n)
         per_view = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.bytes_per_view.items())
+        store = f"store {self.store_bytes / GB:.2f} GB, about {self.new_files:,} files"
         time = "not measured" if self.hours is None else _duration(self.hours * 3600)
         return "\n".join(
             [
                 f"tiles      {self.pool_tiles:,} in the pool, {self.labelled_tiles:,} labelled",
                 f"views      {streams} = {sum(self.views.values()):,}; {self.new_views:,} to compute",
                 f"per view   {per_view}",
-                f"disk       {self.new_bytes / GB:.2f} GB to write (store {self.store_bytes / GB:.2f} GB, "
-                f"about {self.new_files:,} files); {self.free_bytes / GB:.1f} GB free",
+                f"disk       {self.new_bytes / GB:.2f} GB to write ({store}); {self.free_bytes / GB:.1f} GB free",
                 f"time       {time}",
                 f"pays off   after {self.epochs_to_break_even:.1f} epochs against teachers in every training step",
             ]

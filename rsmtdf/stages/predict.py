@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
 # GDAL's own default is 5 % of the machine's memory, which is no bound at all on a large machine.
-_GDAL_CACHE_BYTES = 256 * 2**20
+_GDAL_CACHE_BYTES = 96 * 2**20
 
 
 def predict(

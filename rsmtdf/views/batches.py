@@ -107,8 +107,8 @@ class BatchMaker:
             while queue:
                 yield self._collect(*queue.popleft())
         finally:
-            for _, _, labelled_jobs, strong_jobs in queue:
-                for job in (*labelled_jobs, *strong_jobs):
+            for pending in queue:
+                for job in pending[2] + pending[3]:
                     job.cancel()
 
     def close(self) -> None:
