@@ -33,7 +33,19 @@ def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.Compl
 
 
 @pytest.fixture(scope="module")
-def archives(repo, tmp_path_factory) -> tuple[Path, Path]:
+def sources(repo) -> set[str]:
+    """The files that belong into the archives, listed before these are built."""
+    kept = {".py", ".yaml", ".json", ".csv", ".md"}
+    return {
+        p.relative_to(repo).as_posix()
+        for folder in ("rsmtdf", "configs", "tests")
+        for p in (repo / folder).rglob("*")
+        if p.suffix in kept and p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def archives(repo, sources, tmp_path_factory) -> tuple[Path, Path]:
     """(sdist, wheel); the wheel is built from the unpacked sdist, with the backend that is installed."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, repo, cwd=out)
@@ -64,20 +76,16 @@ def wheel_files(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def source_files(repo: Path, folder: str, suffixes: set[str]) -> set[str]:
-    return {p.relative_to(repo).as_posix() for p in (repo / folder).rglob("*") if p.suffix in suffixes and p.is_file()}
-
-
 # --- what is in them ----------------------------------------------------------------------------------------------
 
 
-def test_wheel_holds_every_module_the_types_and_the_configs(repo, archives):
+def test_wheel_holds_every_module_the_types_and_the_configs(sources, archives):
     files = wheel_files(archives[1])
-    assert source_files(repo, "rsmtdf", {".py"}) <= files
+    assert {f for f in sources if f.startswith("rsmtdf/")} <= files
     assert "rsmtdf/py.typed" in files
-    configs = source_files(repo, "configs", {".yaml", ".json", ".csv", ".md"})
-    assert configs
-    assert {name.replace("configs/", "rsmtdf/_configs/", 1) for name in configs} <= files
+    configs = {f for f in sources if f.startswith("configs/")}
+    assert "configs/synthetic.yaml" in configs
+    assert {f.replace("configs/", "rsmtdf/_configs/", 1) for f in configs} <= files
 
 
 def test_wheel_holds_nothing_else(archives):
@@ -87,11 +95,10 @@ def test_wheel_holds_nothing_else(archives):
     assert not [f for f in files if "__pycache__" in f or f.endswith(".pyc")]
 
 
-def test_sdist_holds_what_a_build_and_a_test_run_need(repo, archives):
+def test_sdist_holds_what_a_build_and_a_test_run_need(sources, archives):
     with tarfile.open(archives[0]) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-    assert source_files(repo, "configs", {".yaml"}) <= names
-    assert source_files(repo, "tests", {".py"}) <= names
+    assert sources <= names
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"} <= names
     assert not [n for n in names if n.startswith((".venv", "out/", "runs/"))]
 
@@ -121,11 +128,13 @@ def test_installed_package_is_the_wheels_and_finds_its_configs(installed, tmp_pa
     assert has_configs == "True"
 
 
-def test_installed_modules_all_import(repo, installed, tmp_path):
+def test_installed_modules_all_import(sources, installed, tmp_path):
     """A module that the wheel lacks, or that only works from the checkout, shows here."""
     names = sorted(
         f[:-3].replace("/", ".").removesuffix(".__init__")
-        for f in source_files(repo, "rsmtdf", {".py"})
+        for f in sources
+        if f.startswith("rsmtdf/") and f.endswith(".py")
+        # __main__ runs; testing needs pytest, which users of the wheel need not have
         if not f.startswith("rsmtdf/testing/") and not f.endswith("__main__.py")
     )
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
