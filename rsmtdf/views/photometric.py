@@ -45,7 +45,8 @@ def apply(part: np.ndarray, place: tuple[slice, slice], p: Resolved, *, crop_px:
         crop_px: side of the crop.
     """
     h, w = part.shape[:2]
-    colours = np.zeros((3, h * w + 1), np.int16)
+    colours = np.empty((3, h * w + 1), np.int16)
+    colours[:, -1] = 0  # the padding
     for channel in range(3):
         colours[channel, :-1].reshape(h, w)[...] = part[:, :, channel]
     padding = crop_px * crop_px - h * w
@@ -126,10 +127,9 @@ def hue(colours: np.ndarray, steps: int) -> None:
     turn = steps % HUE_TURN
     if turn == 0:
         return
-    scratch = np.empty((6, min(_BLOCK, colours.shape[1])), np.int16)
-    mask = np.empty(scratch.shape[1], np.bool_)
+    scratch = np.empty((7, min(_BLOCK, colours.shape[1])), np.int16)
     for block in _blocks(colours):
-        _turn_hue(block, turn, scratch[:, : block.shape[1]], mask[: block.shape[1]])
+        _turn_hue(block, turn, scratch[:, : block.shape[1]])
 
 
 def grey(colours: np.ndarray) -> np.ndarray:
@@ -146,6 +146,18 @@ def mean_grey(colours: np.ndarray, *, padding: int) -> int:
     red, green, blue = (_sum(values[:-1]) + padding * int(values[-1]) for values in colours)
     n = colours.shape[1] - 1 + padding
     return int((_RED * red + _GREEN * green + _BLUE * blue + 128 * n) // (256 * n))
+
+
+def _take_where_equal(a: np.ndarray, b: np.ndarray, value: np.ndarray, high: np.ndarray, mask: np.ndarray) -> None:
+    """a = b where value == high, given value <= high; `mask` is overwritten.
+
+    Bit masks, because a conditional copy mispredicts on natural images: it took three quarters of the hue's time.
+    """
+    np.subtract(value, high, out=mask)
+    mask >>= np.int16(15)  # all ones where smaller, zero where equal
+    a ^= b
+    a &= mask
+    a ^= b
 
 
 def blur(plane: np.ndarray, weights: list[int]) -> np.ndarray:
@@ -198,9 +210,9 @@ def blur_kernel(radius: float) -> list[int]:
     return [_KERNEL_SUM - 2 * sum(tail), *tail]
 
 
-def _turn_hue(block: np.ndarray, turn: int, scratch: np.ndarray, mask: np.ndarray) -> None:
+def _turn_hue(block: np.ndarray, turn: int, scratch: np.ndarray) -> None:
     red, green, blue = block
-    high, low, chroma, place, work, multiple = scratch
+    high, low, chroma, place, work, multiple, mask = scratch
     np.maximum(red, green, out=high)
     np.maximum(high, blue, out=high)
     np.minimum(red, green, out=low)
@@ -214,12 +226,10 @@ def _turn_hue(block: np.ndarray, turn: int, scratch: np.ndarray, mask: np.ndarra
     np.multiply(chroma, np.int16(3), out=multiple)
     np.subtract(blue, red, out=work)
     work += multiple
-    np.equal(green, high, out=mask)
-    np.copyto(place, work, where=mask)
+    _take_where_equal(place, work, green, high, mask)
     np.subtract(green, blue, out=work)
     work += chroma
-    np.equal(red, high, out=mask)
-    np.copyto(place, work, where=mask)
+    _take_where_equal(place, work, red, high, mask)
 
     # Unsigned from here: 191 * 255 + 16 needs all 16 bits, and u - 6c wraps to a large number exactly where the
     # subtraction is not due, so that the minimum takes u back into 0..6c.

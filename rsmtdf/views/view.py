@@ -140,6 +140,8 @@ def _resample(
 
 
 def _on_black(part: np.ndarray, place: tuple[slice, slice], crop_px: int) -> np.ndarray:
+    if part.shape[:2] == (crop_px, crop_px):
+        return part.copy()  # Pillow's bytes are read-only
     pixels = np.zeros((crop_px, crop_px, 3), np.uint8)
     pixels[place] = part
     return pixels
