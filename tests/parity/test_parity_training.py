@@ -142,7 +142,7 @@ def test_predictions_before_the_first_step(parity, ref, run):
         key: parity.error(run.predictions[key], probes[key], meta["tensors"][key])
         for key in ("pred_u_w", "conf_cutmixed", "pred")
     }
-    assert max(errors.values()) < 1e-6, errors
+    assert max(errors.values()) < 1e-11, errors
     histogram = torch.bincount(run.predictions["label"].reshape(-1), minlength=7)
     assert histogram.tolist() == meta["steps"][0]["pseudo_label_hist"]
 
@@ -152,7 +152,7 @@ def test_loss_terms_counts_and_rates(ref, run, step):
     want, got = ref[0]["steps"][step], run.steps[step]
     terms = got["terms"]
     # Steps 1 and 2 follow Adam steps, which turn the last digits of tiny gradients into weights.
-    rel = (1e-8, 1e-6, 1e-6)[step]
+    rel = (1e-11, 1e-8, 1e-8)[step]
     for ours, theirs in {
         "loss": "loss",
         "loss_x": "loss_x",
@@ -178,7 +178,8 @@ def test_gradients_of_the_first_step(parity, ref, run):
     assert len(got) == ref[0]["optimizer_state_entries"] == 244
     assert run.groups == [174, 70]
     off = {name: abs(got[name] / want[name] - 1) for name in got}
-    assert max(off.values()) < 1e-6, max(off.items(), key=lambda item: item[1])
+    assert off.pop("backbone.pos_embed") < 1e-6  # its gradient passes through the float32 resampling
+    assert max(off.values()) < 1e-8, max(off.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -192,8 +193,8 @@ def test_watched_parameters(parity, ref, run, step, kind):
     for key in keys:
         name = parity.ours(key.removeprefix(prefix))
         errors[name] = parity.error(run.steps[step][kind][name], probes[key], meta["tensors"][key])
-    limit = {"grad": (1e-6, 1e-5, 1e-5), "delta": (1e-3, 1e-3, 1e-3), "post": (1e-8,) * 3, "ema": (1e-8,) * 3}
-    assert max(errors.values()) < limit[kind][step], max(errors.items(), key=lambda item: item[1])
+    limit = {"grad": 1e-6, "delta": 1e-5, "post": 1e-9, "ema": 1e-9}[kind]
+    assert max(errors.values()) < limit, max(errors.items(), key=lambda item: item[1])
 
 
 def test_ema_at_another_ratio(parity, ref, run):
@@ -202,10 +203,10 @@ def test_ema_at_another_ratio(parity, ref, run):
     assert keys
     for key in keys:
         name = parity.ours(key.split("/", 1)[1])
-        assert parity.error(run.ema_at_099[name], probes[key], meta["tensors"][key]) < 1e-8, name
+        assert parity.error(run.ema_at_099[name], probes[key], meta["tensors"][key]) < 1e-9, name
 
 
 @pytest.mark.parametrize("key", ["final_logits_img_x_student_eval", "final_logits_img_x_ema"])
 def test_logits_after_three_steps(parity, ref, run, key):
     meta, probes = ref
-    assert parity.error(run.final[key], probes[key], meta["tensors"][key]) < 1e-5
+    assert parity.error(run.final[key], probes[key], meta["tensors"][key]) < 1e-8
