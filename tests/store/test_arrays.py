@@ -19,23 +19,13 @@ def test_metadata_is_what_zarr_python_writes(tmp_path, dtype):
         "compressors": [Crc32cCodec()],
         "filters": None,
         "chunk_key_encoding": {"name": "default", "separator": "."},
+        "fill_value": float("nan") if np.dtype(dtype).kind == "f" else 0,
+        "dtype": dtype,
     }
-    fill = float("nan") if np.dtype(dtype).kind == "f" else 0
-    zarr.create_array(
-        tmp_path / "a",
-        shape=(9, 3),
-        chunks=(1, 3),
-        shards=(4, 3),
-        dtype=dtype,
-        fill_value=fill,
-        dimension_names=["x", "y"],
-        **options,
-    )
+    zarr.create_array(tmp_path / "a", shape=(9, 3), chunks=(1, 3), shards=(4, 3), dimension_names=["x", "y"], **options)
     ours = array_metadata(shape=(9, 3), dtype=dtype, chunk=(1, 3), shard=(4, 3), dims=("x", "y"))
     assert ours == json.loads((tmp_path / "a" / "zarr.json").read_text())
-    zarr.create_array(
-        tmp_path / "b", shape=(9,), chunks=(4,), dtype=dtype, fill_value=fill, dimension_names=["x"], **options
-    )
+    zarr.create_array(tmp_path / "b", shape=(9,), chunks=(4,), dimension_names=["x"], **options)
     ours = array_metadata(shape=(9,), dtype=dtype, chunk=(4,), dims=("x",))
     assert ours == json.loads((tmp_path / "b" / "zarr.json").read_text())
 

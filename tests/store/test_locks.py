@@ -42,14 +42,18 @@ def other(tmp_path, repo):
 
 
 def test_another_processs_claim_is_refused_with_its_name(locks, other):
-    with pytest.raises(StoreError, match=f"shards 0 to 4 of .* already claimed by process {other.pid} on "):
-        with locks.claim(range(5)):
-            pass
+    with (
+        pytest.raises(StoreError, match=f"shards 0 to 4 of .* already claimed by process {other.pid} on "),
+        locks.claim(range(5)),
+    ):
+        pass
     with locks.claim([0, 1, 2, 6, 9]):
         pass
-    with pytest.raises(StoreError, match=f"cannot extend .* while process {other.pid} on .* is writing"):
-        with locks.all_shards(purpose="extend"):
-            pass
+    with (
+        pytest.raises(StoreError, match=f"cannot extend .* while process {other.pid} on .* is writing"),
+        locks.all_shards(purpose="extend"),
+    ):
+        pass
     with pytest.raises(StoreError, match=f"changed by process {other.pid}"), locks.mutex(timeout_s=0.1):
         pass
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,10 +98,10 @@ def test_every_flipped_bit_is_found(node):
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors through /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors through /proc")
 def test_descriptors_are_bounded_and_closed(tmp_path):
     for shard in range(20):
         write_shard_file(tmp_path / shard_name(shard, 3), [view(shard)] * 4)
@@ -122,8 +122,7 @@ def test_threads_that_push_each_others_files_out_read_right(tmp_path):
 
     def work(seed: int) -> None:
         for row in np.random.default_rng(seed).integers(0, 40, 150).tolist():
-            if not np.array_equal(read(source, row), view(row)):
-                wrong.append(row)
+            wrong.extend([] if np.array_equal(read(source, row), view(row)) else [row])
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in threads:

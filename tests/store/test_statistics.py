@@ -62,7 +62,7 @@ def test_bad_features_are_named():
         found.update(torch.zeros(2, 3, 5))
     x = sample()
     x[2, 0, 1] = float("nan")
-    with pytest.raises(StoreError, match="view 2 .* channel 1"):
+    with pytest.raises(StoreError, match=r"view 2 .* channel 1"):
         found.update(x)
     with pytest.raises(StoreError, match="cannot be merged"):
         found.merge(ChannelStatistics(3))

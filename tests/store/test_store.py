@@ -90,7 +90,7 @@ def test_two_arrays_are_summed_together(kit, path):
 
 class TestCreateAndOpen:
     def test_no_store_here(self, tmp_path):
-        with pytest.raises(StoreNotFound, match="no feature store at .*nothing.*cache-features"):
+        with pytest.raises(StoreNotFound, match=r"no feature store at .*nothing.*cache-features"):
             FeatureStore.open(tmp_path / "none")
         with pytest.raises(StoreNotFound, match="a folder without"):
             FeatureStore.open(tmp_path)
@@ -275,7 +275,7 @@ class TestGrowth:
     def test_never_while_somebody_writes(self, kit, path):
         store = kit.full(path)
         with FeatureStore.open(path, writable=True).claim([2]):
-            with pytest.raises(StoreError, match="cannot extend .* while process"):
+            with pytest.raises(StoreError, match=r"cannot extend .* while process"):
                 store.extend([kit.strong(seed=1)])
             kit.add_teacher(store, "u")  # touches no shard that is being written
         assert store.extend([]) == ()
@@ -376,7 +376,7 @@ class TestWriting:
         other = FeatureStore.open(path, writable=True)
         with store.claim(range(2)):
             kit.write(store, 0)
-            with pytest.raises(StoreError, match="shard 1 of .* already claimed by process"):
+            with pytest.raises(StoreError, match=r"shard 1 of .* already claimed by process"):
                 kit.write(other, 1)
             kit.write(other, 2)
         kit.write(other, 1)

@@ -105,7 +105,7 @@ def test_features_name_teacher_view_and_repair(copy, kit):
     )
     with pytest.raises(StoreCorrupt, match=expected):
         read_everything(copy, kit)
-    with pytest.raises(StoreCorrupt, match="view 13 .*c.*zarr-python cannot read it"):
+    with pytest.raises(StoreCorrupt, match=r"view 13 .*c.*zarr-python cannot read it"):
         read_everything(copy, kit, force_zarr=True)
 
 
@@ -144,7 +144,7 @@ def test_a_view_absent_from_a_shard_that_should_have_it(copy, kit):
 def test_exchanged_status_chunks(copy, kit):
     status = copy / "teachers/t/status"
     shutil.copy(status / "c.0", status / "c.3")
-    with pytest.raises(StoreCorrupt, match="view 12 .*the status word says"):
+    with pytest.raises(StoreCorrupt, match=r"view 12 .*the status word says"):
         read_everything(copy, kit)
 
 
