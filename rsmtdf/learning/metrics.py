@@ -65,15 +65,15 @@ def scores(
         mean: see `Mean`.
 
     Returns:
-        `miou`, `mf1`, `oa`, `kappa`; `per_class`: name -> `iou`, `f1`, `precision`, `recall`, `pixels` (labelled);
-        `confusion` (lists of int), `classes`, `excluded`, `mean`, `pixels`. An undefined score is None: the IoU and
-        F1 of a class neither labelled nor predicted, a precision without prediction, a recall without label, and
-        kappa where labels and predictions are one and the same class.
+        `miou`, `mf1`, `oa`, `kappa`; `per_class`: name -> `iou`, `f1`, `precision`, `recall`, `pixels` (labelled),
+        `counted` (in the means); `confusion` (lists of int), `classes`, `excluded`, `mean`, `pixels`. An undefined
+        score is None: the IoU and F1 of a class neither labelled nor predicted, a precision without prediction, a
+        recall without label, and kappa where labels and predictions are one and the same class.
     """
     matrix = np.asarray(counts, dtype=np.int64)
     hit, labelled, predicted = np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     total = int(matrix.sum())
-    per_class: dict[str, dict[str, float | int | None]] = {}
+    per_class: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(classes):
         h, n, p = int(hit[i]), int(labelled[i]), int(predicted[i])
         per_class[name] = {
@@ -82,6 +82,7 @@ def scores(
             "precision": _ratio(h, p),
             "recall": _ratio(h, n),
             "pixels": n,
+            "counted": name not in set(excluded),
         }
     averaged = [name for name in classes if name not in set(excluded)]
     return {

@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
 # GDAL's own default is 5 % of the machine's memory, which is no bound at all on a large machine.
-_GDAL_CACHE_BYTES = 96 * 2**20
+_GDAL_CACHE_BYTES = 64 * 2**20
 
 
 def predict(
@@ -136,19 +136,22 @@ def predict_image(
             labels = np.full(valid.shape, IGNORE_INDEX, np.uint8)
             before = tally.done
             if valid.any():
-                scores = blend(
-                    model,
-                    patch,
-                    height=size[0],
-                    width=size[1],
-                    crop_px=crop_px,
-                    classes=len(spec.classes),
-                    batch=batch,
-                    device=device,
-                    what=what,
-                    tick=tally.add,
+                # Nested, so that a block's scores (100 MB and more) are gone before the next block's are made.
+                classes = _classes(
+                    blend(
+                        model,
+                        patch,
+                        height=size[0],
+                        width=size[1],
+                        crop_px=crop_px,
+                        classes=len(spec.classes),
+                        batch=batch,
+                        device=device,
+                        what=what,
+                        tick=tally.add,
+                    )
                 )
-                labels[valid] = scores.argmax(dim=0).to(torch.uint8).cpu().numpy()[valid]
+                labels[valid] = classes[valid]
             tally.reach(before + _windows_of(patch.box, *size, crop_px=crop_px))
             counts += np.bincount(labels.ravel(), minlength=256)
             target.write(patch.box, labels, _inside(patch))
@@ -264,6 +267,14 @@ def _patches(src: Path, header: Header, spec: DatasetSpec, *, crop_px: int, bloc
             ahead = pool.submit(patch, box)
             yield current
         yield ahead.result()
+
+
+def _classes(scores: torch.Tensor) -> np.ndarray:
+    """The class of the highest score, uint8 [h, w], of scores [k, h, w]; by strips, as argmax works on int64 copies."""
+    rows = range(0, scores.shape[1], 256)
+    strips = [scores[:, y : y + 256].argmax(dim=0).to(torch.uint8).cpu() for y in rows]
+    classes: np.ndarray = torch.cat(strips).numpy()
+    return classes
 
 
 def _windows_of(box: Box, height: int, width: int, *, crop_px: int) -> int:

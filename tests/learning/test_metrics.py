@@ -42,6 +42,7 @@ def test_all_scores_equal_the_formulas_over_pixels(seed: int) -> None:
             "recall": recall,
             "f1": 2 * precision * recall / (precision + recall),
             "pixels": (t == i).sum(),
+            "counted": True,
         }
         assert found["per_class"][name] == pytest.approx(expected)
     assert found["miou"] == pytest.approx(np.mean([c["iou"] for c in found["per_class"].values()]))
@@ -75,9 +76,10 @@ def test_absent_classes_are_none_and_the_two_means_differ_by_them() -> None:
     # b is neither labelled nor predicted; c is labelled and never found; d is predicted and never there.
     counts = np.array([[6, 0, 0, 2], [0, 0, 0, 0], [4, 0, 0, 0], [0, 0, 0, 0]])
     found = scores(counts, classes=NAMES)
-    assert found["per_class"]["b"] == {"iou": None, "f1": None, "precision": None, "recall": None, "pixels": 0}
-    assert found["per_class"]["c"] == {"iou": 0, "f1": 0, "precision": None, "recall": 0, "pixels": 4}
-    assert found["per_class"]["d"] == {"iou": 0, "f1": 0, "precision": 0, "recall": None, "pixels": 0}
+    unseen = {"pixels": 0, "counted": True}
+    assert found["per_class"]["b"] == {"iou": None, "f1": None, "precision": None, "recall": None, **unseen}
+    assert found["per_class"]["c"] == {"iou": 0, "f1": 0, "precision": None, "recall": 0, "pixels": 4, "counted": True}
+    assert found["per_class"]["d"] == {"iou": 0, "f1": 0, "precision": 0, "recall": None, **unseen}
     assert found["miou"] == pytest.approx((6 / 12) / 3)
     published = scores(counts, classes=NAMES, mean="published")
     assert published["miou"] == pytest.approx((6 / 12) / 4)
@@ -91,7 +93,9 @@ def test_excluded_classes_leave_the_means_alone() -> None:
     every, some = scores(counts, classes=NAMES), scores(counts, classes=NAMES, excluded=("b",))
     assert some["miou"] == pytest.approx(np.mean([every["per_class"][n]["iou"] for n in "acd"]))
     assert some["mf1"] == pytest.approx(np.mean([every["per_class"][n]["f1"] for n in "acd"]))
-    assert (some["oa"], some["kappa"], some["per_class"]) == (every["oa"], every["kappa"], every["per_class"])
+    assert (some["oa"], some["kappa"]) == (every["oa"], every["kappa"])
+    every["per_class"]["b"]["counted"] = False
+    assert some["per_class"] == every["per_class"]
 
 
 def test_nothing_counted_and_one_class_only() -> None:
