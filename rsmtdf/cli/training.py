@@ -18,7 +18,8 @@ from rsmtdf.cli.caching import student_grid, teacher_sources
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, data_root, open_workspace, source_from_record, with_labels
 from rsmtdf.config import Experiment, load_experiment, with_train
-from rsmtdf.errors import ConfigError, StoreIncomplete
+from rsmtdf.data.labels import LabelCounts, label_counts
+from rsmtdf.errors import ConfigError, StoreIncomplete, TrainingError
 from rsmtdf.learning.methods import METHODS
 from rsmtdf.learning.run import RunFolder, next_run_path, point_latest
 from rsmtdf.signals import StopFlag
@@ -58,33 +59,43 @@ class TrainOptions:
 
 
 def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
-    """Trains a student from a store and returns the summary."""
+    """Trains a student from a store and returns the summary. Nothing is written before everything is opened."""
     if options.teachers not in {"cached", "online"}:
         raise ConfigError(f"--teachers {options.teachers}: it is cached or online")
     store = FeatureStore.open(options.cache)
     run, source = _run_and_source(options, store)
     experiment = source.experiment
-    device = choose_device(options.device)
     if experiment.train.method not in METHODS:
         raise ConfigError(f"no method {experiment.train.method!r}; there are: {', '.join(METHODS)}")
+    device = choose_device(options.device)
     root = data_root(source, root=options.root, recorded=store.data_root)
     workspace = open_workspace(source, root=root, scan=False)
+    counts = _label_counts(workspace)
     needs = METHODS[experiment.train.method].needs_targets
     features = _features(options, experiment, store, device) if needs else None
+    spec, backbone = _student_spec(experiment, features), _backbone(experiment, base=source.base)
+    ranks = _ranks(device)
+    schedule = stage.build_schedule(
+        train=experiment.train,
+        store=store,
+        source=features,
+        labelled=workspace.labelled,
+        pool=workspace.pool,
+        ranks=ranks,
+    )
+    every_tile = {t.id: t for t in workspace.dataset.tiles()}
+    maker = cache_stage.view_maker(store, reader=workspace.dataset, tiles=every_tile)
     if run is None:
-        run = _new_run(options, source, store)
+        run = _new_run(options, source, store, root=root, ranks=ranks)
     val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
     job = stage.TrainJob(
         experiment=experiment,
         store=store,
         source=features,
-        maker=cache_stage.view_maker(
-            store, reader=workspace.dataset, tiles={t.id: t for t in workspace.dataset.tiles()}
-        ),
-        labelled=workspace.labelled,
-        pool=workspace.pool,
-        student_spec=_student_spec(experiment, features),
-        backbone=_backbone(experiment, base=source.base),
+        schedule=schedule,
+        maker=maker,
+        student_spec=spec,
+        backbone=backbone,
         meta={
             "dataset": to_dict(experiment.dataset),
             "recipe": to_dict(experiment.views),
@@ -94,9 +105,10 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
         run=run,
         device=device,
         validate=partial(_score, workspace=workspace, tiles=val, device=device) if val else None,
-        ranks=_ranks(device),
+        ranks=ranks,
     )
-    say(_first_screen(workspace, experiment, run, val))
+    if ranks.rank == 0:
+        say(_first_screen(workspace, counts, run, val))
     with Bar("training", unit="step") as bar:
 
         def progress(done: int, total: int, note: str) -> None:
@@ -165,22 +177,28 @@ def _differences(before: Experiment, now: Experiment) -> list[str]:
     return lines
 
 
-def _new_run(options: TrainOptions, source: Source, store: FeatureStore) -> RunFolder:
+def _new_run(
+    options: TrainOptions, source: Source, store: FeatureStore, *, root: Path, ranks: stage.Ranks
+) -> RunFolder:
+    """A new run's folder, made by the first rank alone."""
     experiment = source.experiment
+    if ranks.world > 1 and options.out is None:
+        raise ConfigError("several processes train together: name the run's folder with --out")
     labels = Path(experiment.splits.labels).stem if "/" in experiment.splits.labels else experiment.splits.labels
     stem = f"{experiment.dataset.name}-{labels}-{experiment.train.method}"
     path = options.out or next_run_path(Path("runs"), stem=stem)
     config = {
         **source.as_dict(),
         "store": {"path": str(options.cache.resolve()), "identity": store.identity},
-        "root": str(options.root.resolve()) if options.root else store.data_root,
+        "root": str(root.resolve()),
         "teachers": options.teachers,
         "versions": {"rsmtdf": rsmtdf.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    run = RunFolder.create(path, config=config)
+    run = RunFolder.create(path, config=config) if ranks.rank == 0 else None
+    ranks.sum(0.0, device=choose_device(options.device))  # the others wait for the folder
     if options.out is None:
         point_latest(path)
-    return run
+    return run or RunFolder.open(path)
 
 
 def _features(
@@ -191,7 +209,8 @@ def _features(
         if missing := [n for n in names if n not in store.teachers]:
             raise StoreIncomplete(
                 f"{options.cache} has no features of {', '.join(missing)} "
-                f"(it has {', '.join(store.teachers) or 'none'}); add them with rsmtdf cache-features --out {options.cache}"
+                f"(it has {', '.join(store.teachers) or 'none'}); "
+                f"add them with rsmtdf cache-features --out {options.cache}"
             )
         return CachedFeatures(store, names, device=device)
     grid = student_grid(experiment)
@@ -259,14 +278,40 @@ def _ranks(device: torch.device) -> stage.Ranks:
     return stage.Ranks(rank=torch.distributed.get_rank(), world=world, reduce=torch.distributed.all_reduce)
 
 
-def _first_screen(workspace: Workspace, experiment: Experiment, run: RunFolder, val: Sequence[str]) -> str:
+def _label_counts(workspace: Workspace) -> LabelCounts:
+    """What the labelled tiles show.
+
+    Raises:
+        TrainingError: not one labelled pixel.
+    """
+    spec = workspace.dataset.spec
+    tiles = [workspace.tiles[t] for t in workspace.labelled]
+    counts = label_counts(workspace.dataset, tiles, classes=len(spec.classes))
+    if not counts.pixels.any():
+        raise TrainingError(
+            f"all pixels of the {len(tiles)} labelled tiles are ignored (255): there is nothing to learn classes from. "
+            f"Check label_map and the masks with rsmtdf data check, or choose other --labels"
+        )
+    return counts
+
+
+def _first_screen(workspace: Workspace, counts: LabelCounts, run: RunFolder, val: Sequence[str]) -> str:
+    experiment = workspace.experiment
     train, labelled, pool = experiment.train, len(workspace.labelled), len(workspace.pool)
     micro = f"micro-batches of {train.micro_batch}+{train.micro_batch}"
+    total = int(counts.pixels.sum())
+    shares = [
+        f"{name} {pixels / total:.1%} in {tiles}"
+        for name, pixels, tiles in zip(experiment.dataset.classes, counts.pixels, counts.tiles, strict=True)
+    ]
     lines = [
         f"run        {run.path}",
         f"data       {experiment.dataset.name}: {labelled:,} labelled of {pool:,} tiles, {len(val):,} to validate",
+        f"labels     {', '.join(shares)} tiles",
         f"method     {train.method}, recipe {train.recipe}, batch {train.batch}+{train.batch} in {micro}",
     ]
+    if absent := [c for c, n in zip(experiment.dataset.classes, counts.tiles, strict=True) if not n]:
+        lines.append(f"note       no labelled tile shows {', '.join(absent)}: the student cannot learn it")
     if not val:
         lines.append("note       no validation labels: nothing is selected, the last weights are kept")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from rsmtdf.errors import TrainingError
 from rsmtdf.specs import IGNORE_INDEX
@@ -58,10 +59,20 @@ class MicroBatch:
     """int64 [n, 4]: (y, x, h, w) of the paste; h = 0 where there is none."""
     targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Teacher name -> [m + n, tokens, dim] for `labelled` then `strong`; empty for methods without teachers."""
+    labelled_valid: torch.Tensor | None = None
+    """bool [m, h, w]: pixels of the labelled views that show the ground; None: all."""
 
     def mixed_valid(self) -> torch.Tensor:
         """bool [n, h, w]: `valid` after CutMix."""
         return cutmix(self.valid, partner=self.partner, box=self.box)
+
+    def kept_tokens(self, grid: tuple[int, int], *, min_valid: float) -> torch.Tensor:
+        """bool [m + n, tokens]: patches of `grid` whose valid share is at least `min_valid`, as in `targets`."""
+        labelled = self.labelled_valid
+        if labelled is None:
+            labelled = torch.ones_like(self.labels, dtype=torch.bool)
+        valid = torch.cat([labelled, self.mixed_valid()]).float().unsqueeze(1)
+        return F.adaptive_avg_pool2d(valid, grid).flatten(1) >= min_valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +84,8 @@ class GlobalCounts:
     """Valid pixels after CutMix, confident or not."""
     images: torch.Tensor
     """Labelled and unlabelled views: what the distillation loss averages over."""
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Teacher name -> patch tokens that are distilled; empty where all are (as published)."""
 
 
 def cutmix(values: torch.Tensor, *, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
@@ -89,12 +102,18 @@ def cutmix(values: torch.Tensor, *, partner: torch.Tensor, box: torch.Tensor) ->
 
 
 def count_step(
-    micro_batches: Sequence[MicroBatch], *, normalise: Normalise, reduce: Reduce | None
+    micro_batches: Sequence[MicroBatch],
+    *,
+    normalise: Normalise,
+    reduce: Reduce | None,
+    min_token_valid: float = 0.0,
+    grids: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[GlobalCounts, torch.Tensor]:
     """The step's denominators, and the true counts over all ranks (labelled pixels, unlabelled pixels, images).
 
     `global`: counts over all ranks. `per_rank`: this rank's own counts times the number of ranks, which is what
     averaging per-rank means gives (the published arithmetic): ranks with fewer valid pixels weigh them more.
+    With `min_token_valid`, the tokens of each teacher of `grids` with at least that valid share are counted too.
 
     Raises:
         TrainingError: no micro-batch, or one whose partners lie outside it.
@@ -104,18 +123,23 @@ def count_step(
     for batch in micro_batches:
         _check_shapes(batch)
     device = micro_batches[0].labelled.device
-    local = torch.zeros(4, dtype=torch.int64, device=device)
+    masked = dict(grids or {}) if min_token_valid > 0 else {}
+    local = torch.zeros(4 + len(masked), dtype=torch.int64, device=device)
     local[3] = 1
     for batch in micro_batches:
         local[0] += (batch.labels != IGNORE_INDEX).sum()
         local[1] += batch.mixed_valid().sum()
         local[2] += batch.labelled.shape[0] + batch.strong.shape[0]
+        for i, grid in enumerate(masked.values(), start=4):
+            local[i] += batch.kept_tokens(grid, min_valid=min_token_valid).sum()
     total = local.clone()
     if reduce is not None:
         reduce(total)
-    used = total[:3] if normalise == "global" else local[:3] * total[3]
+    used = total if normalise == "global" else local * total[3]
     used = used.clamp(min=1)
-    return GlobalCounts(labelled_pixels=used[0], unlabelled_pixels=used[1], images=used[2]), total[:3]
+    tokens = {name: used[i] for i, name in enumerate(masked, start=4)}
+    counts = GlobalCounts(labelled_pixels=used[0], unlabelled_pixels=used[1], images=used[2], tokens=tokens)
+    return counts, total[:3]
 
 
 def _check_shapes(batch: MicroBatch) -> None:

@@ -40,6 +40,15 @@ def mse(predicted: torch.Tensor, target: torch.Tensor, *, images: torch.Tensor) 
     return total / (predicted.shape[1] * predicted.shape[2]) / images
 
 
+def masked_mse(
+    predicted: torch.Tensor, target: torch.Tensor, *, kept: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """As `mse`, over the tokens `kept` (bool [b, tokens]) alone, averaged over channels, by `tokens`."""
+    predicted = wide(predicted)
+    error = (predicted - target.to(predicted.dtype)).square().mean(dim=2)
+    return torch.where(kept, error, 0).sum() / tokens
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in float32, or in float64 where it is so already."""
     return x if x.dtype == torch.float64 else x.float()
@@ -48,4 +57,6 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 DistillLoss = Callable[..., torch.Tensor]
 
 DISTILL_LOSSES: dict[str, DistillLoss] = {"mse": mse}
-"""Name -> loss(predicted, target, *, images). `mse` is the paper's."""
+"""Name -> loss(predicted, target, *, images), over all tokens. `mse` is the paper's."""
+MASKED_DISTILL_LOSSES: dict[str, DistillLoss] = {"mse": masked_mse}
+"""The same names -> loss(predicted, target, *, kept, tokens), over the tokens that show enough ground."""

@@ -63,7 +63,13 @@ def train_step(
     if autocast not in (None, torch.bfloat16):
         raise ConfigError(f"autocast to {autocast} would need loss scaling; use torch.bfloat16 or None")
     optimiser.zero_grad(set_to_none=True)
-    counts, totals = count_step(micro_batches, normalise=config.normalise, reduce=reduce)
+    counts, totals = count_step(
+        micro_batches,
+        normalise=config.normalise,
+        reduce=reduce,
+        min_token_valid=config.min_token_valid if method.needs_targets else 0.0,
+        grids=dict(config.grids),
+    )
     device = totals.device
     sums: dict[str, torch.Tensor] = {}
     for batch in micro_batches:

@@ -149,26 +149,36 @@ def add_teachers(
 ) -> None:
     """Makes room for each teacher, with channel statistics over a keyed sample of at most 256 views.
 
-    A teacher that the store has already must have the same identity.
+    One process measures while others wait; a teacher that the store has already must have the same identity.
 
     Raises:
         StoreMismatch: the store's teacher of that name differs (each field, expected and found).
+        DatasetError: not one tile of the sample can be read.
     """
-    for name, teacher in teachers.items():
-        if name in store.teachers:
-            store.expect_teacher(teacher.spec, codec, rule=STATISTICS_RULE)
-            continue
-        sample = _statistics_rows(store)
-        log.info("%s: channel statistics over %d views", name, len(sample))
-        statistics = ChannelStatistics(teacher.spec.dim)
-        for start in range(0, len(sample), batch):
-            stop.check(f"stopped; nothing of {name} is stored yet, run the same command again")
-            views = [v for row in sample[start : start + batch] for v in _if_readable(maker, int(row))]
-            if views:
-                statistics.update(teacher(_pixels(views, _device_of(teacher))))
-        if not statistics.views:
-            raise DatasetError(f"none of {len(sample)} sampled tiles of {store.data_root} can be read")
-        store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=STATISTICS_RULE)
+    with store.locked():
+        store.refresh()
+        for name, teacher in teachers.items():
+            if name in store.teachers:
+                store.expect_teacher(teacher.spec, codec, rule=STATISTICS_RULE)
+                continue
+            statistics = _measure(store, name, teacher, maker=maker, batch=batch, stop=stop)
+            store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=STATISTICS_RULE)
+
+
+def _measure(
+    store: FeatureStore, name: str, teacher: Teacher, *, maker: ViewMaker, batch: int, stop: StopFlag
+) -> ChannelStatistics:
+    sample = _statistics_rows(store)
+    log.info("%s: channel statistics over %d views", name, len(sample))
+    statistics = ChannelStatistics(teacher.spec.dim)
+    for start in range(0, len(sample), batch):
+        stop.check(f"stopped; nothing of {name} is stored yet, run the same command again")
+        views = [v for row in sample[start : start + batch] for v in _if_readable(maker, int(row))]
+        if views:
+            statistics.update(teacher(_pixels(views, _device_of(teacher))))
+    if not statistics.views:
+        raise DatasetError(f"none of {len(sample)} sampled tiles of {store.data_root} can be read")
+    return statistics
 
 
 def fill_store(
@@ -182,36 +192,46 @@ def fill_store(
     shards: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> CacheReport:
-    """Computes and commits every missing shard (of `shards`, or of the store).
+    """Computes and commits every missing shard (of `shards`, or of the store), each teacher where it is missing.
 
     Raises:
+        StoreError: another process is writing to one of these shards.
         StoreMismatch: a view's pixels differ from those recorded when another teacher saw it.
         Interrupted: a signal came; everything finished is committed, the same command goes on.
     """
     started = time.perf_counter()
     report = CacheReport()
-    missing = {name: set(store.missing_shards([name])) for name in teachers}
-    todo = sorted(set().union(*missing.values()) & (set(shards) if shards is not None else set(range(store.n_shards))))
-    with store.claim(todo), ThreadPoolExecutor(max(workers, 1)) as pool, ThreadPoolExecutor(1) as writer:
+    wanted = set(store.missing_shards(list(teachers))) & set(range(store.n_shards) if shards is None else shards)
+    store.clean_partials()
+    with (
+        store.claim(sorted(wanted)),
+        ThreadPoolExecutor(max(workers, 1), thread_name_prefix="views") as pool,
+        ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
+    ):
+        # Read again now that the shards are ours: another process may have finished some in between.
+        missing = {k: names for k, names in store.missing_teachers(list(teachers)).items() if k in wanted}
         pending: Future[int] | None = None
-        for shard, rows, made in _made_shards(store, todo, maker, pool, report, stop=stop):
-            waited = time.perf_counter()
-            views = [(row, future.result()) for row, future in zip(rows, made, strict=True)]
-            report.busy["wait"] += time.perf_counter() - waited
-            good = {row: view for row, view in views if isinstance(view, View)}
-            bad = {row: view for row, view in views if isinstance(view, str)}
-            for row, reason in bad.items():
-                report.skipped[maker.tile(row).id] = reason
-            lacking = {name: teacher for name, teacher in teachers.items() if shard in missing[name]}
-            features, batch = _teach(list(good.values()), lacking, batch, report, stop)
+        try:
+            for shard, rows, made in _made_shards(store, sorted(missing), maker, pool, report, stop=stop):
+                waited = time.perf_counter()
+                views = [(row, future.result()) for row, future in zip(rows, made, strict=True)]
+                report.busy["wait"] += time.perf_counter() - waited
+                good = {row: view for row, view in views if isinstance(view, View)}
+                bad = {row: view for row, view in views if isinstance(view, str)}
+                for row, reason in bad.items():
+                    report.skipped[maker.tile(row).id] = reason
+                lacking = {name: teachers[name] for name in missing[shard]}
+                features, batch = _teach(list(good.values()), lacking, batch, report, stop)
+                if pending is not None:
+                    report.bytes_written += pending.result()
+                pending = writer.submit(_write, store, shard, good, bad, features, lacking, report)
+                report.views += len(rows)
+                if progress is not None:
+                    progress(len(rows), report.bytes_written)
+        finally:
+            # Also when stopping: the shard in the writer's hands is finished, so keep it.
             if pending is not None:
                 report.bytes_written += pending.result()
-            pending = writer.submit(_write, store, shard, good, bad, features, lacking, report)
-            report.views += len(rows)
-            if progress is not None:
-                progress(len(rows), report.bytes_written)
-        if pending is not None:
-            report.bytes_written += pending.result()
     store.seal()
     report.seconds = time.perf_counter() - started
     return report
@@ -289,7 +309,9 @@ def _teach(
             parts[name].append(tokens)
         start += len(chunk)
     report.busy["teacher"] += time.perf_counter() - begun
-    return {name: torch.cat(tokens) for name, tokens in parts.items() if tokens}, batch
+    # A shard whose tiles are all unreadable has no features, and is committed as skipped all the same.
+    empty = {name: torch.empty(0, t.spec.tokens, t.spec.dim) for name, t in teachers.items()}
+    return {name: torch.cat(tokens) if tokens else empty[name] for name, tokens in parts.items()}, batch
 
 
 def _write(

@@ -1,7 +1,7 @@
 """RS-MTDF: FixMatch, and the student's translated tokens must match every teacher's features.
 
 The distillation covers the labelled weak views and the strong views after CutMix, padding and seams included, as
-published.
+published; with `min_token_valid` it leaves out tokens that show too little ground.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from rsmtdf.errors import TrainingError
 from rsmtdf.learning.batch import Forward, GlobalCounts, MicroBatch
-from rsmtdf.learning.losses import DISTILL_LOSSES
+from rsmtdf.learning.losses import DISTILL_LOSSES, MASKED_DISTILL_LOSSES
 from rsmtdf.learning.methods.fixmatch import fixmatch_terms
 from rsmtdf.learning.methods.terms import MethodConfig, StepTerms, mean_of
 
@@ -27,13 +27,23 @@ def rs_mtdf(
     """
     parts, extra, output = fixmatch_terms(student=student, ema=ema, batch=batch, counts=counts, config=config)
     _check_targets(output.translated, batch.targets)
-    loss = DISTILL_LOSSES[config.distill_loss]
     each = {
-        f"distill/{name}": loss(tokens, batch.targets[name], images=counts.images)
+        f"distill/{name}": _distill(name, tokens, batch=batch, counts=counts, config=config)
         for name, tokens in output.translated.items()
     }
     parts["distill"] = torch.stack(list(each.values())).sum() / len(each)
     return mean_of(parts, extra={**extra, **each})
+
+
+def _distill(
+    name: str, tokens: torch.Tensor, *, batch: MicroBatch, counts: GlobalCounts, config: MethodConfig
+) -> torch.Tensor:
+    """One teacher's share of the distillation loss."""
+    if name not in counts.tokens:
+        return DISTILL_LOSSES[config.distill_loss](tokens, batch.targets[name], images=counts.images)
+    kept = batch.kept_tokens(dict(config.grids)[name], min_valid=config.min_token_valid)
+    loss = MASKED_DISTILL_LOSSES[config.distill_loss]
+    return loss(tokens, batch.targets[name], kept=kept, tokens=counts.tokens[name])
 
 
 def _check_targets(translated: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:

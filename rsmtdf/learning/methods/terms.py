@@ -25,6 +25,10 @@ class MethodConfig:
     """Pseudo-labels count from this confidence on (>=)."""
     distill_loss: str = "mse"
     """A key of `rsmtdf.learning.losses.DISTILL_LOSSES`."""
+    min_token_valid: float = 0.0
+    """Tokens with a smaller valid share are not distilled; 0 keeps all, padding and seams included (as published)."""
+    grids: tuple[tuple[str, tuple[int, int]], ...] = ()
+    """(teacher, its patch grid); needed where `min_token_valid` is above 0."""
     normalise: Normalise = "global"
     """`per_rank`: the published arithmetic, which depends on how a batch is spread over ranks."""
 

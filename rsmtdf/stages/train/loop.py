@@ -1,4 +1,4 @@
-"""Stage 2: the one training loop. It takes its targets from a `FeatureSource` and never meets a teacher.
+"""The one training loop: whatever the method, teachers or device.
 
 Everything random is keyed by (seed, step), so a run that was killed and resumed ends in the same bits on the CPU.
 The EMA student is validated, selected and kept; `last` holds all that going on needs.
@@ -19,66 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from rsmtdf.config import Experiment, TrainConfig
 from rsmtdf.errors import TrainingError
-from rsmtdf.learning.batch import MicroBatch, Reduce
+from rsmtdf.learning.batch import MicroBatch
 from rsmtdf.learning.budget import parse_budget, total_steps
 from rsmtdf.learning.checkpoint import load_state, save_state
 from rsmtdf.learning.ema import make_ema
 from rsmtdf.learning.methods import METHODS, MethodConfig
 from rsmtdf.learning.optim import build_optimiser
-from rsmtdf.learning.run import RunFolder
-from rsmtdf.learning.sampler import Schedule
 from rsmtdf.learning.step import train_step
 from rsmtdf.pixels import normalise
 from rsmtdf.signals import Interrupted, StopFlag
-from rsmtdf.specs import FeatureSource
-from rsmtdf.store.queries import strong_pairs, weak_rows
+from rsmtdf.stages.train.job import TrainJob
 from rsmtdf.store.status import crc_of
-from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.artifact import save_student
 from rsmtdf.student.model import Student, build_student, load_backbone
-from rsmtdf.student.spec import StudentSpec
 from rsmtdf.views.batches import BatchMaker, PixelCheck, ViewBatch
-from rsmtdf.views.maker import ViewMaker
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_STEPS = 3
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, a note) after each step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int = 0
-    world: int = 1
-    reduce: Reduce | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """Everything a run works with, opened by the caller."""
-
-    experiment: Experiment
-    store: FeatureStore
-    source: FeatureSource | None
-    """None for methods without teachers."""
-    maker: ViewMaker
-    labelled: Sequence[str]
-    pool: Sequence[str]
-    student_spec: StudentSpec
-    backbone: Mapping[str, torch.Tensor] | None
-    """Pretrained weights of the backbone; None starts from keyed random ones."""
-    meta: Mapping[str, Any]
-    """Goes into the student's file: data set, recipe, crop."""
-    run: RunFolder
-    device: torch.device
-    validate: Callable[[Student], dict[str, Any]] | None
-    """Scores a student on the validation tiles; None where there are none."""
-    ranks: Ranks = Ranks()
 
 
 @dataclass
@@ -101,7 +62,6 @@ def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | N
         Interrupted: a signal came; the state is saved and `--resume` goes on from it.
     """
     config = job.experiment.train
-    schedule = build_schedule(job)
     student = build_student(job.student_spec, seed=config.seed)
     if job.backbone is not None:
         load_backbone(student, job.backbone)
@@ -119,35 +79,11 @@ def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | N
     if resume and job.run.last.exists():
         at = _Progression(**load_state(job.run.last, student=student, ema=ema, optimiser=optimiser))
         job.run.cut_records(at.step)
-    loop = _Loop(job, schedule, student, ema, optimiser, at)
+    loop = _Loop(job, student, ema, optimiser, at)
     total = int(frozen) if resume and frozen else loop.length()
     if job.ranks.rank == 0:
-        job.run.write_state("running", total_steps=total, steps_per_epoch=schedule.steps_per_epoch)
+        job.run.write_state("running", total_steps=total, steps_per_epoch=job.schedule.steps_per_epoch)
     return loop.run(total, stop=stop, progress=progress)
-
-
-def build_schedule(job: TrainJob) -> Schedule:
-    """The rows of every step, from the store's columns.
-
-    Raises:
-        StoreIncomplete: a labelled tile has no weak views.
-        TrainingError: nothing labelled, or fewer tiles than a batch.
-    """
-    config = job.experiment.train
-    micro = config.micro_batch * job.ranks.world
-    if config.batch % micro:
-        raise TrainingError(
-            f"a batch of {config.batch} cannot be cut into micro-batches of {config.micro_batch} on "
-            f"{job.ranks.world} ranks; set train.batch to a multiple of {micro}"
-        )
-    teachers = list(job.source.specs) if job.source is not None and not job.source.needs_pixels else []
-    usable = job.store.usable(teachers)
-    return Schedule(
-        pairs=strong_pairs(job.store, job.pool, usable),
-        weak=weak_rows(job.store, sorted(job.labelled), usable),
-        batch=config.batch,
-        seed=config.seed,
-    )
 
 
 class _Loop:
@@ -156,18 +92,21 @@ class _Loop:
     def __init__(
         self,
         job: TrainJob,
-        schedule: Schedule,
         student: Student,
         ema: Student,
         optimiser: torch.optim.Optimizer,
         at: _Progression,
     ) -> None:
         config = job.experiment.train
-        self._job, self._schedule, self._at = job, schedule, at
+        self._job, self._schedule, self._at = job, job.schedule, at
         self._student, self._ema, self._optimiser = student, ema, optimiser
         self._method = METHODS[config.method]
         self._settings = MethodConfig(
-            conf_threshold=config.conf_threshold, distill_loss=config.distill_loss, normalise=config.normalise
+            conf_threshold=config.conf_threshold,
+            distill_loss=config.distill_loss,
+            min_token_valid=config.min_token_valid,
+            grids=tuple((name, spec.grid) for name, spec in (job.source.specs if job.source else {}).items()),
+            normalise=config.normalise,
         )
         check = None
         if job.source is not None:
@@ -184,8 +123,9 @@ class _Loop:
         seconds = None
         if config.budget and parse_budget(config.budget)[0] == "seconds":
             student, ema = copy.deepcopy(self._student), copy.deepcopy(self._ema)
-            trial = _Loop(self._job, schedule, student, ema, build_optimiser(student), _Progression())
-            seconds = trial.step_seconds()
+            trial = _Loop(self._job, student, ema, build_optimiser(student), _Progression())
+            # Ranks must agree on the length: their mean.
+            seconds = self._job.ranks.sum(trial.step_seconds(), device=self._job.device) / self._job.ranks.world
         return total_steps(
             epochs=config.epochs,
             steps=config.steps,
@@ -223,17 +163,20 @@ class _Loop:
                     progress(at.step, total, self._note(terms, begun) if at.step % config.log_every == 0 else "")
                 if at.step % every == 0 or last:
                     self._keep(self._validate(terms), final=last)
-                    patience_out = config.patience is not None and at.stale >= config.patience
-                if self._agreed(bool(stop)):
+                    patience_out = self._any_rank(config.patience is not None and at.stale >= config.patience)
+                if self._any_rank(bool(stop)):
+                    self._check_finite(terms)
                     self._keep(None, final=False)
                     message = f"stopped at step {at.step} of {total}; go on with --out {job.run.path} --resume"
-                    job.run.write_state("interrupted", step=at.step)
+                    if job.ranks.rank == 0:
+                        job.run.write_state("interrupted", step=at.step)
                     raise Interrupted(stop.signum or 15, message)
                 if patience_out:
                     log.info("no better mIoU for %d validations: ending at step %d", config.patience, at.step)
                     break
         except TrainingError:
-            job.run.write_state("failed", step=at.step)
+            if job.ranks.rank == 0:
+                job.run.write_state("failed", step=at.step)
             raise
         finally:
             self._maker.close()
@@ -282,6 +225,7 @@ class _Loop:
         return MicroBatch(
             labelled=normalise(labelled),
             labels=torch.from_numpy(batch.labels).to(device).long(),
+            labelled_valid=torch.from_numpy(batch.labelled_valid).to(device),
             weak=normalise(torch.from_numpy(batch.weak).to(device, non_blocking=True)),
             strong=normalise(strong),
             valid=torch.from_numpy(batch.valid).to(device),
@@ -290,14 +234,9 @@ class _Loop:
             targets=targets,
         )
 
-    def _agreed(self, stop: bool) -> bool:
-        """Whether any rank was told to stop: all ranks must leave the loop at the same step."""
-        reduce = self._job.ranks.reduce
-        if reduce is None:
-            return stop
-        flag = torch.tensor([int(stop)], device=self._job.device)
-        reduce(flag)
-        return bool(flag.item())
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it holds on any rank: all of them must leave the loop at the same step."""
+        return self._job.ranks.sum(float(flag), device=self._job.device) > 0
 
     def _record(self, terms: Mapping[str, torch.Tensor]) -> None:
         self._check_finite(terms)
@@ -387,8 +326,3 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resumable_config(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share with its first part."""
-    return {k: v for k, v in config.model_dump(mode="json").items() if k not in {"workers", "log_every"}}
