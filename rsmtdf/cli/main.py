@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -330,21 +331,31 @@ def _cache_source(
     return source, data_root(source, root=root)
 
 
-def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 done with failures listed, 2 user error, 130/143 signals."""
+def handled(command: Callable[[], None]) -> int:
+    """Runs `command` and returns the exit code, explaining what went wrong on stderr.
+
+    0 done, 1 done with failures listed, 2 user error, 130 and 143 ended by a signal. Anything else is a bug and
+    shows its traceback.
+    """
     from rsmtdf.signals import Interrupted
 
     log_to_stderr()
     try:
-        app()
+        command()
     except RsmtdfError as error:
         say(f"error: {error}")
-        sys.exit(2)
+        return 2
     except Interrupted as stopped:
         say(str(stopped))
-        sys.exit(stopped.exit_code)
+        return stopped.exit_code
     except KeyboardInterrupt:
         say("stopped")
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
-        sys.exit(1)
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Runs the command line; see `handled` for the exit codes."""
+    sys.exit(handled(app))

@@ -67,7 +67,7 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
     experiment = source.experiment
     if experiment.train.method not in METHODS:
         raise ConfigError(f"no method {experiment.train.method!r}; there are: {', '.join(METHODS)}")
-    device = choose_device(options.device)
+    device = choose_device(_rank_device(options.device))
     root = data_root(source, root=options.root, recorded=store.data_root)
     workspace = open_workspace(source, root=root, scan=False)
     counts = _label_counts(workspace)
@@ -195,7 +195,7 @@ def _new_run(
         "versions": {"rsmtdf": rsmtdf.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     run = RunFolder.create(path, config=config) if ranks.rank == 0 else None
-    ranks.sum(0.0, device=choose_device(options.device))  # the others wait for the folder
+    ranks.sum(0.0, device=choose_device(_rank_device(options.device)))  # the others wait for the folder
     if options.out is None:
         point_latest(path)
     return run or RunFolder.open(path)
@@ -267,6 +267,12 @@ def _backbone(experiment: Experiment, *, base: Path) -> Mapping[str, torch.Tenso
 def _score(student: Student, *, workspace: Workspace, tiles: Sequence[str], device: torch.device) -> dict[str, Any]:
     found = [workspace.tiles[t] for t in tiles]
     return evaluate(student, workspace.dataset, found, device=device)
+
+
+def _rank_device(name: str) -> str:
+    """Under torchrun, `auto` and `cuda` are each rank's own GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and name in {"auto", "cuda"} and torch.cuda.is_available() else name
 
 
 def _ranks(device: torch.device) -> stage.Ranks:
