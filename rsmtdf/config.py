@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rsmtdf.errors import ConfigError
 from rsmtdf.specs import DatasetSpec, SplitSpec, ViewRecipe, to_dict
 
+Width = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -91,7 +92,7 @@ class StudentConfig(Model):
     layers: tuple[int, int, int, int] = (2, 5, 8, 11)
     pos_embed: Literal["official", "timm"] = "official"
     dpt_features: int = Field(64, ge=4)
-    dpt_channels: tuple[int, int, int, int] = (48, 96, 192, 384)
+    dpt_channels: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     translator_hidden: int = Field(1024, ge=1)
     fusion: bool = True
 
@@ -246,7 +247,9 @@ def parse_experiment(data: Mapping[str, Any], *, overrides: Sequence[str] = (), 
     try:
         return Experiment.model_validate(merged)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = _explained(error.errors())
+        if overrides:
+            where += f" with {', '.join(overrides)}"
         raise ConfigError(f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
 
 
@@ -268,6 +271,8 @@ def read_yaml(text: str, *, where: str) -> dict[str, Any]:
         data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
+    if data is None:
+        raise ConfigError(f"{where} is empty; it should hold a mapping (dataset: ..., views: ...)")
     if not isinstance(data, dict):
         raise ConfigError(f"{where} should hold a mapping (dataset: ..., views: ...), not {type(data).__name__}")
     return data
@@ -312,8 +317,17 @@ def _index(items: Any, key: str, path: str) -> int:
     raise ConfigError(f"--set {path}: {key!r} is no position in a list of {len(items or [])}")
 
 
-def _explain(problem: Any) -> str:
-    """One line for one pydantic problem: where, what, found, and the nearest key for an unknown one."""
+def _explained(problems: Sequence[Any]) -> list[str]:
+    """A line for each problem; the branches of a union (`auto` or a number) that all failed share one."""
+    shared: dict[str, tuple[list[str], str]] = {}
+    for problem in problems:
+        where, message, found = _explain(problem)
+        shared.setdefault(where, ([], found))[0].append(message)
+    return [f"  {where}: {', or '.join(messages)}{found}" for where, (messages, found) in shared.items()]
+
+
+def _explain(problem: Any) -> tuple[str, str, str]:
+    """Where, what (with the nearest key for an unknown one) and ` (found ...)` of one pydantic problem."""
     # Union branches ("int", "literal['auto']") and function markers are pydantic's own, not the user's keys.
     loc = [str(p) for p in problem["loc"]]
     where = ".".join(p for p in loc if re.fullmatch(r"[A-Za-z_0-9-]+", p) and p not in {"int", "str", "float", "bool"})
@@ -322,12 +336,12 @@ def _explain(problem: Any) -> str:
         known = _known_keys(loc[:-1])
         near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        return f"  {where}: no such key; {hint}"
+        return where, f"no such key; {hint}", ""
     if problem["type"] == "missing":
-        return f"  {where}: missing"
+        return where, "missing", ""
     found = problem.get("input")
     shown = "" if isinstance(found, (dict, BaseModel)) or dataclasses.is_dataclass(found) else f" (found {found!r})"
-    return f"  {where or 'experiment'}: {message}{shown}"
+    return where or "experiment", message, shown
 
 
 def _known_keys(loc: Sequence[str]) -> list[str]:

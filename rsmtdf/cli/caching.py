@@ -15,7 +15,7 @@ import torch
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, open_workspace
 from rsmtdf.config import Experiment, TeacherConfig
-from rsmtdf.errors import ConfigError, StoreNotFound
+from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
 from rsmtdf.stages import cache as stage
@@ -133,7 +133,8 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     experiment = job.workspace.experiment
     torch_device = choose_device(device)
     grid = student_grid(experiment)
-    # Teachers first: a missing weights file must not leave an empty store behind.
+    # These first: images that do not open or a missing weights file must not leave an empty store behind.
+    _require_one_readable(job.workspace)
     teachers: dict[str, Teacher] = {
         name: build_teacher(s, student_grid=grid, device=torch_device) for name, s in job.sources.items()
     }
@@ -189,6 +190,19 @@ def summary_text(result: Mapping[str, Any]) -> str:
         lines.append(f"unreadable {tile}: {reason}")
     lines.append(f"next       rsmtdf train --cache {result['store']}")
     return "\n".join(lines)
+
+
+def _require_one_readable(workspace: Workspace) -> None:
+    reason = ""
+    for tile in workspace.pool:
+        try:
+            workspace.dataset.read_image(workspace.tiles[tile])
+        except DatasetError as error:
+            reason = reason or str(error)
+        else:
+            return
+    if reason:
+        raise DatasetError(f"none of the {len(workspace.pool)} tiles can be read: {reason}")
 
 
 def _all_tiles(workspace: Workspace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rsmtdf.cli.terminal import Bar, say
 from rsmtdf.cli.workspace import Source
 from rsmtdf.config import load_experiment
 from rsmtdf.data.synthetic.world import write_world
+from rsmtdf.errors import ConfigError
 from rsmtdf.signals import StopFlag, stop_flag
 
 SCENES = {"train": 36, "val": 8, "test": 8}
@@ -27,7 +28,10 @@ def run_demo(out: Path, *, device: str) -> str:
     begun = time.perf_counter()
     data, store, map_path = out / "data", out / "feats.zarr", out / "map.tif"
     source = Source(load_experiment(shipped_config("synthetic")), shipped_config("synthetic").parent)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
     with Bar("1/5 drawing the synthetic world", unit="scene") as bar:
         world = write_world(
             data, tile_px=source.experiment.dataset.tile_px, seed=0, scene_px=SCENE_PX, progress=bar.update_to, **SCENES

@@ -39,7 +39,7 @@ def init_folder(folder: Path, *, overwrite: bool) -> str:
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists already; edit it, or replace it with --overwrite")
     proposal = propose(folder)
-    write_whole(path, _yaml(proposal).encode())
+    _write(path, _yaml(proposal).encode())
     notes = "\n".join(f"- {note}" for note in proposal.notes)
     return (
         f"wrote {path}; please read it. What was seen:\n{notes}\n\nNext:\n"
@@ -128,8 +128,15 @@ def copy_config(name: str, dst: Path) -> str:
         raise ConfigError(f"{target} exists already; give another name")
     if not target.parent.is_dir():
         raise ConfigError(f"the folder {target.parent} does not exist")
-    write_whole(target, source.read_bytes())
+    _write(target, source.read_bytes())
     return f"wrote {target}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _yaml(proposal: Proposal) -> str:

@@ -77,10 +77,12 @@ def choose_device(name: str) -> Any:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # `meta` can be made, but not computed on
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device {name!r} cannot be used here ({reason}); --device auto picks one") from error
+        raise ConfigError(
+            f"device {name!r} cannot be used here ({reason}); give cpu, cuda, cuda:1 or mps; --device auto picks one"
+        ) from error
     return device
 
 

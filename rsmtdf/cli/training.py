@@ -19,7 +19,8 @@ from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, data_root, open_workspace, source_from_record, with_labels
 from rsmtdf.config import Experiment, load_experiment, with_train
 from rsmtdf.data.labels import LabelCounts, label_counts
-from rsmtdf.errors import ConfigError, StoreIncomplete, TrainingError
+from rsmtdf.errors import CheckpointError, ConfigError, StoreIncomplete, TrainingError
+from rsmtdf.learning.budget import parse_budget
 from rsmtdf.learning.methods import METHODS
 from rsmtdf.learning.run import RunFolder, next_run_path, point_latest
 from rsmtdf.signals import StopFlag
@@ -29,7 +30,7 @@ from rsmtdf.stages import train as stage
 from rsmtdf.stages.evaluate import evaluate
 from rsmtdf.store.reader import CachedFeatures
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.student.model import Student
+from rsmtdf.student.model import Student, build_student
 from rsmtdf.student.spec import StudentSpec, TeacherHead, teacher_heads
 from rsmtdf.teachers.online import OnlineFeatures
 from rsmtdf.teachers.registry import build_teacher, fetch
@@ -85,9 +86,10 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
     )
     every_tile = {t.id: t for t in workspace.dataset.tiles()}
     maker = cache_stage.view_maker(store, reader=workspace.dataset, tiles=every_tile)
+    val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
+    _check_before(workspace, spec, val)
     if run is None:
         run = _new_run(options, source, store, root=root, ranks=ranks)
-    val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
     job = stage.TrainJob(
         experiment=experiment,
         store=store,
@@ -139,6 +141,10 @@ def summary_text(result: Mapping[str, Any]) -> str:
 def run_source(run: RunFolder) -> tuple[Source, dict[str, Any]]:
     """The experiment that a run recorded, and the record itself."""
     record = run.config()
+    if lacking := [key for key in ("config", "base", "root", "store") if key not in record]:
+        raise CheckpointError(
+            f"{run.path / 'config.json'} lacks {', '.join(lacking)}; it was not written by rsmtdf train"
+        )
     return source_from_record(record, overrides=(), where=str(run.path / "config.json")), record
 
 
@@ -299,6 +305,21 @@ def _label_counts(workspace: Workspace) -> LabelCounts:
             f"Check label_map and the masks with rsmtdf data check, or choose other --labels"
         )
     return counts
+
+
+def _check_before(workspace: Workspace, spec: StudentSpec, val: Sequence[str]) -> None:
+    """Finds what would otherwise stop a run that has begun: at its first step, or hours later at a validation.
+
+    Raises:
+        ConfigError: a budget that is none, or a student that cannot be built.
+        DatasetError: a validation mask that cannot be read, or holds a value outside the classes.
+    """
+    if (budget := workspace.experiment.train.budget) is not None:
+        parse_budget(budget)
+    with torch.device("meta"):
+        build_student(spec, seed=0)
+    dataset = workspace.dataset
+    label_counts(dataset, [workspace.tiles[t] for t in val], classes=len(dataset.spec.classes))
 
 
 def _first_screen(workspace: Workspace, counts: LabelCounts, run: RunFolder, val: Sequence[str]) -> str:

@@ -128,6 +128,13 @@ def open_workspace(
         raise DatasetError(f"{root} holds no usable images for data set {experiment.dataset.name}")
     left_out, unreadable = dataset.left_out, dataset.unreadable
     if scan:
+        if orphans := dataset.listing.scan.orphan_masks:
+            log.warning(
+                "%d mask(s) belong to no image and are not used (%s); an image missing or named otherwise? "
+                "rsmtdf data check lists them",
+                len(orphans),
+                ", ".join(orphans[:3]),
+            )
         usable = usable_tiles(dataset, tiles, workers=experiment.cache.workers, progress=progress)
         tiles, left_out, unreadable = usable.kept, usable.left_out, usable.unreadable
     splits = make_splits(dataset, tiles, experiment.splits, base=source.base)

@@ -121,7 +121,10 @@ def labelled_tiles(
     if text.isdecimal():
         count = int(text)
         if not 0 < count <= len(masked):
-            raise DatasetError(f"labels: {count} labelled tiles asked for, but {len(masked)} training tiles have masks")
+            raise DatasetError(
+                f"labels: {count} labelled tiles asked for, but {len(masked)} training tiles have masks; ask for 1 to "
+                f"{len(masked)}"
+            )
         return tuple(sorted(_interleave(_label_order(dataset, masked, seed))[:count]))
     return _labels_from_list(dataset, set(train_ids), labels, base=base, left_out=set(left_out))
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetWriter
 
 from rsmtdf.errors import ConfigError
@@ -109,20 +109,27 @@ def open_map(path: Path, frame: MapFrame, legend: Legend) -> Iterator[MapWriter]
     """A map to be written, whole or not at all.
 
     Raises:
-        ConfigError: see `map_format`, or a PNG too large to be held in memory.
+        ConfigError: see `map_format`, a PNG too large to be held in memory, or a disk that cannot be written to.
     """
     if map_format(path) == "tif":
-        with whole_file(path) as part, _create_geotiff(part, frame) as dataset:
-            yield _GeoTiffMap(dataset, legend)
+        try:
+            with whole_file(path) as part, _create_geotiff(part, frame) as dataset:
+                yield _GeoTiffMap(dataset, legend)
+        except (RasterioError, OSError) as error:
+            # Reading the source raises errors of its own, so these are of writing: a full disk, a share that is gone.
+            raise ConfigError(f"cannot write a map to {path}: {error}; nothing is left there") from error
         return
     if frame.width * frame.height > _PNG_MAX_PX:
         raise ConfigError(
             f"a PNG of {frame.width} x {frame.height} px would have to be held in memory; write {path.stem}.tif instead"
         )
     png = _PngMap(frame)
-    with whole_file(path) as part, whole_file(overlay_path(path)) as overlay_part:
-        yield png
-        png.save(part, overlay_part, legend)
+    try:
+        with whole_file(path) as part, whole_file(overlay_path(path)) as overlay_part:
+            yield png
+            png.save(part, overlay_part, legend)
+    except OSError as error:
+        raise ConfigError(f"cannot write a map to {path}: {error}; nothing is left there") from error
 
 
 class _GeoTiffMap:

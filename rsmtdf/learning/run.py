@@ -38,16 +38,21 @@ class RunFolder:
         """A new run folder at `path` with its configuration.
 
         Raises:
-            CheckpointError: `path` holds something already.
+            CheckpointError: `path` holds something already, or cannot be written.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(
                 f"{path} exists already; runs are never overwritten: choose another --out or --resume"
             )
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        write_whole(path / "config.json", _json(config))
-        run.metrics.touch()
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_whole(path / "config.json", _json(config))
+            run.metrics.touch()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot make a run folder at {path}: {error.strerror}; choose another --out"
+            ) from error
         return run
 
     @classmethod

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from rsmtdf.errors import StoreIncomplete
 from rsmtdf.specs import Stream
+from rsmtdf.store.status import SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
+
+log = logging.getLogger(__name__)
 
 
 def coverage(store: FeatureStore, stream: Stream) -> dict[str, set[int]]:
@@ -31,6 +35,8 @@ def next_generation(store: FeatureStore, stream: Stream, seed: int) -> int:
 def weak_rows(store: FeatureStore, tiles: Sequence[str], usable: np.ndarray) -> np.ndarray:
     """int64 [tiles, most views]: the usable rows of each tile's weak views, by seed; -1 fills up.
 
+    Tiles that stage 1 could not read (all their views are skipped) are left out, with a warning.
+
     Args:
         usable: bool [n_rows].
 
@@ -39,6 +45,11 @@ def weak_rows(store: FeatureStore, tiles: Sequence[str], usable: np.ndarray) -> 
     """
     indices = store.tile_ids.indices
     rows = store.rows(stream="weak")
+    skipped = state_of(store.view_status())[rows] == SKIPPED
+    unreadable = set(store.column("tile")[rows[skipped]].tolist()) - set(store.column("tile")[rows[~skipped]].tolist())
+    if gone := [t for t in tiles if indices.get(t) in unreadable]:
+        log.warning("%d labelled tile(s) left out: stage 1 could not read them (%s)", len(gone), ", ".join(gone[:3]))
+        tiles = [t for t in tiles if indices.get(t) not in unreadable]
     rows = rows[usable[rows]]
     rows = rows[np.lexsort((store.column("seed")[rows], store.column("tile")[rows]))] if len(rows) else rows
     owner = store.column("tile")[rows] if len(rows) else rows
