@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.model import Student, build_student
 from rsmtdf.student.spec import StudentSpec, TeacherHead, teacher_heads
 from rsmtdf.teachers.online import OnlineFeatures
-from rsmtdf.teachers.registry import build_teacher, fetch
+from rsmtdf.teachers.registry import build_teacher, describe, fetch
 from rsmtdf.teachers.source import TeacherSource
 from rsmtdf.weights import read_weights
 
@@ -218,6 +218,7 @@ def _features(
                 f"(it has {', '.join(store.teachers) or 'none'}); "
                 f"add them with rsmtdf cache-features --out {options.cache}"
             )
+        _expect_described(store, experiment)
         return CachedFeatures(store, names, device=device)
     grid = student_grid(experiment)
     teachers = {n: build_teacher(s, student_grid=grid, device=device) for n, s in teacher_sources(experiment).items()}
@@ -226,6 +227,18 @@ def _features(
             store.expect_teacher(teacher.spec, store.teachers[name].codec)
     roundtrip = partial(_roundtrip, store) if options.through_codec else None
     return OnlineFeatures(teachers, roundtrip=roundtrip)
+
+
+def _expect_described(store: FeatureStore, experiment: Experiment) -> None:
+    """Checks the store's teachers against the configuration's, but for their weights, which are not loaded here.
+
+    Raises:
+        StoreMismatch: naming every field that differs, expected and found.
+    """
+    for name, source in teacher_sources(experiment).items():
+        stored = store.teachers[name]
+        described = describe(source, student_grid=student_grid(experiment))
+        store.expect_teacher(replace(described, weights_sha256=stored.spec.weights_sha256), stored.codec)
 
 
 def _roundtrip(store: FeatureStore, name: str, tokens: torch.Tensor) -> torch.Tensor:
