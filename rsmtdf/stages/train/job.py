@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rsmtdf.config import Experiment, TrainConfig
-from rsmtdf.errors import TrainingError
+from rsmtdf.errors import StoreIncomplete, TrainingError
 from rsmtdf.learning.batch import Reduce
 from rsmtdf.learning.run import RunFolder
 from rsmtdf.learning.sampler import Schedule
@@ -73,7 +73,7 @@ def build_schedule(
     """The rows of every step, from the store's columns.
 
     Raises:
-        StoreIncomplete: a labelled tile has no weak views.
+        StoreIncomplete: stage 1 has not finished, or a labelled tile has no weak views.
         TrainingError: nothing labelled, fewer tiles than a batch, or a batch that the ranks cannot share.
     """
     micro = train.micro_batch * ranks.world
@@ -83,6 +83,13 @@ def build_schedule(
             f"{ranks.world} ranks; set train.batch to a multiple of {micro}"
         )
     cached = list(source.specs) if source is not None and not source.needs_pixels else []
+    for name in cached or [None]:
+        if pending := store.pending_views([name] if name else []):
+            what = f"features of {name!r} in {store.path} cover" if name else f"{store.path} has"
+            raise StoreIncomplete(
+                f"{what} {store.n_views - pending:,} of {store.n_views:,} views; finish them with the rsmtdf "
+                f"cache-features command that the store was made by"
+            )
     usable = store.usable(cached)
     return Schedule(
         pairs=strong_pairs(store, pool, usable),
