@@ -144,8 +144,10 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         recipe=experiment.views,
         dataset=experiment.dataset,
         data_root=str(job.workspace.dataset.root.resolve()),
-        experiment=job.workspace.source.as_dict(),
+        experiment=_record(job),
     )
+    # What a later `train --cache` starts from: the newest labels, classes and lists, none of them in the identity.
+    store.amend(dataset=experiment.dataset, experiment=_record(job))
     amounts = job.plan.amounts
     stage.grow_store(
         store,
@@ -168,7 +170,7 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         **report.as_dict(),
         "limited_by": report.limited_by(workers) if report.views else None,
         "unreadable_tiles": unreadable,
-        "left_out_tiles": job.workspace.left_out,
+        "left_out_tiles": len(job.workspace.left_out),
         "failed": len(unreadable) > experiment.cache.max_failures,
     }
 
@@ -203,6 +205,16 @@ def _require_one_readable(workspace: Workspace) -> None:
             return
     if reason:
         raise DatasetError(f"none of the {len(workspace.pool)} tiles can be read: {reason}")
+
+
+def _record(job: CacheJob) -> dict[str, Any]:
+    """The experiment for the store to keep: this one, with the teachers that were cached under other settings too."""
+    record = job.workspace.source.as_dict()
+    if job.store is not None:
+        new = {t["name"] for t in record["config"]["teachers"]}
+        before = job.store.experiment["config"]["teachers"]
+        record["config"]["teachers"] = [t for t in before if t["name"] not in new] + record["config"]["teachers"]
+    return {**record, "left_out": list(job.workspace.left_out)}
 
 
 def _all_tiles(workspace: Workspace) -> dict[str, Any]:

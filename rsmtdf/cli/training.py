@@ -70,7 +70,7 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
         raise ConfigError(f"no method {experiment.train.method!r}; there are: {', '.join(METHODS)}")
     device = choose_device(_rank_device(options.device))
     root = data_root(source, root=options.root, recorded=store.data_root)
-    workspace = open_workspace(source, root=root, scan=False)
+    workspace = open_workspace(source, root=root, left_out=store.experiment.get("left_out", ()))
     counts = _label_counts(workspace)
     needs = METHODS[experiment.train.method].needs_targets
     features = _features(options, experiment, store, device) if needs else None
@@ -196,6 +196,7 @@ def _new_run(
     config = {
         **source.as_dict(),
         "store": {"path": str(options.cache.resolve()), "identity": store.identity},
+        "left_out": list(store.experiment.get("left_out", ())),
         "root": str(root.resolve()),
         "teachers": options.teachers,
         "versions": {"rsmtdf": rsmtdf.__version__, "torch": torch.__version__, "python": platform.python_version()},

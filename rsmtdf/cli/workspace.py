@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,14 @@ class Workspace:
     source: Source
     dataset: Dataset
     tiles: Mapping[str, Tile]
+    """By id, without those left out."""
     splits: Splits
     pool: tuple[str, ...]
     """The tiles of the train list that open, sorted."""
     labelled: tuple[str, ...]
     unreadable: Mapping[str, str]
-    left_out: int
+    left_out: tuple[str, ...]
+    """Tiles with too few valid pixels, or of files that do not open."""
 
     @property
     def experiment(self) -> Experiment:
@@ -112,32 +114,35 @@ def open_workspace(
     source: Source,
     *,
     root: Path,
+    left_out: Collection[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    scan: bool = True,
 ) -> Workspace:
     """Scans the data set, splits it, and names the pool and the labelled tiles.
 
+    Lists are generated from what lies on disk alone, before anything is left out, so that every stage draws the same.
+
     Args:
-        scan: also look into files that may hold nodata, and into unreadable ones (stage 1 does, training need not:
-            the store knows which tiles made it).
+        left_out: tiles that stage 1 found unusable, as the store recorded them; None: look into the files, as
+            stage 1 does.
+        progress: called with (files looked into, files in all).
+
+    Raises:
+        DatasetError: no usable images, or lists that do not fit them.
     """
     experiment = source.experiment
     dataset = Dataset(experiment.dataset, root)
     tiles = dataset.tiles()
     if not tiles:
         raise DatasetError(f"{root} holds no usable images for data set {experiment.dataset.name}")
-    left_out, unreadable = dataset.left_out, dataset.unreadable
-    if scan:
-        if orphans := dataset.listing.scan.orphan_masks:
-            log.warning(
-                "%d mask(s) belong to no image and are not used (%s); an image missing or named otherwise? "
-                "rsmtdf data check lists them",
-                len(orphans),
-                ", ".join(orphans[:3]),
-            )
+    unreadable = dataset.unreadable
+    if left_out is None:
+        _warn_of_orphans(dataset)
         usable = usable_tiles(dataset, tiles, workers=experiment.cache.workers, progress=progress)
-        tiles, left_out, unreadable = usable.kept, usable.left_out, usable.unreadable
-    splits = make_splits(dataset, tiles, experiment.splits, base=source.base)
+        unreadable = usable.unreadable
+        left_out = {t.id for t in tiles} - {t.id for t in usable.kept} | set(usable.left_out)
+    kept = {t.id: t for t in tiles if t.id not in left_out}
+    drawn = make_splits(dataset, tiles, experiment.splits, base=source.base)
+    splits = Splits(*(tuple(t for t in part if t in kept) for part in (drawn.train, drawn.val, drawn.test)))
     labelled = labelled_tiles(
         dataset,
         splits.train,
@@ -146,16 +151,26 @@ def open_workspace(
         base=source.base,
         left_out=left_out,
     )
-    pool = sorted(splits.train)
+    pool = set(splits.train)
     if experiment.cache.pool == "unlabelled":
-        pool = sorted(set(splits.train) - set(labelled))
+        pool -= set(labelled)
     return Workspace(
         source=source,
         dataset=dataset,
-        tiles={t.id: t for t in tiles},
+        tiles=kept,
         splits=splits,
-        pool=tuple(pool),
+        pool=tuple(sorted(pool)),
         labelled=tuple(labelled),
         unreadable=unreadable,
-        left_out=len(left_out),
+        left_out=tuple(sorted(left_out)),
     )
+
+
+def _warn_of_orphans(dataset: Dataset) -> None:
+    if orphans := dataset.listing.scan.orphan_masks:
+        log.warning(
+            "%d mask(s) belong to no image and are not used (%s); an image missing or named otherwise? "
+            "rsmtdf data check lists them",
+            len(orphans),
+            ", ".join(orphans[:3]),
+        )

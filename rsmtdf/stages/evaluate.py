@@ -147,7 +147,9 @@ def evaluate_run(
     dataset = Dataset(experiment.dataset, root)
     tiles = dataset.tiles()
     splits = make_splits(dataset, tiles, experiment.splits, base=base)
-    chosen = select_tiles(dataset, splits, split, base=Path())
+    # What stage 1 left out (almost nothing valid) was not in training's validation either.
+    left_out = set(record.get("left_out", ()))
+    chosen = [t for t in select_tiles(dataset, splits, split, base=Path()) if t not in left_out]
     result = evaluate(
         loaded.student,
         dataset,

@@ -158,7 +158,7 @@ def _no_room(cache: CacheConfig, pool: int, labelled: int, weak: int, size: int,
     return (
         f"{budget / GB:.1f} GB hold fewer than {MIN_AUTO_SEEDS} strong seeds of {pool:,} tiles in {cache.codec} "
         f"({need(MIN_AUTO_SEEDS):.1f} GB). Ways out: --seeds 1 or 2 ({need(1):.1f} or {need(2):.1f} GB, weaker "
-        f"augmentation); a pool of at most {fits:,} tiles; fewer --weak-views (now {weak} for each of {labelled:,} "
+        f"augmentation); {f'a pool of at most {fits:,} tiles; ' if fits else ''}fewer --weak-views (now {weak} for each of {labelled:,} "
         f"labelled tiles); --max-gb {math.ceil(need(MIN_AUTO_SEEDS))} with --out on a larger disk"
     )
 

@@ -230,3 +230,14 @@ def test_interrupting_stage_one_loses_nothing_that_was_finished(cached_tiny: Any
     assert np.array_equal(whole.view_status(), cut.view_status())
     for name in ("dense", "coarse"):
         assert np.array_equal(whole.status(name), cut.status(name)), "the same features, bit for bit"
+
+
+def test_later_settings_are_what_training_starts_from(tiny: Any, tmp_path: Path, say: Say) -> None:
+    tiny.cache(labels="8")
+    third = "{name: third, library: timm, model: vit_tiny_patch16_224, weights: random, seed: 2, overrides: "
+    tiny.cache(f"teachers=[{third}{{patch_size: 14, embed_dim: 24, depth: 4, num_heads: 2}}}}]", labels="8")
+    record = FeatureStore.open(tiny.store).experiment
+    assert record["config"]["splits"]["labels"] == "8"
+    assert [t["name"] for t in record["config"]["teachers"]] == ["dense", "coarse", "third"]
+    result = run(tiny, tmp_path / "run", say, train={"budget": "2-steps"})
+    assert result["steps"] == 2

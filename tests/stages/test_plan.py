@@ -24,7 +24,7 @@ def amounts(
 def test_auto_is_ten_seeds_and_a_thousand_weak_views_where_there_is_room() -> None:
     assert amounts(CacheConfig()) == Amounts(10, 1000, False)
     assert amounts(CacheConfig(), labelled=100).weak_views == 200
-    assert amounts(CacheConfig(), labelled=5000, steps=10**6).weak_views == 64
+    assert amounts(CacheConfig(), labelled=5000, steps=10**6, free=1e13).weak_views == 64
 
 
 def test_weak_views_are_no_more_than_a_run_can_show() -> None:
