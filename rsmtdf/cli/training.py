@@ -60,7 +60,20 @@ class TrainOptions:
 
 
 def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
-    """Trains a student from a store and returns the summary. Nothing is written before everything is opened."""
+    """Trains a student from a store and returns the summary."""
+    job = open_job(options, say=say)
+    with Bar("training", unit="step") as bar:
+
+        def progress(done: int, total: int, note: str) -> None:
+            bar.update_to(done, total)
+            if note:
+                bar.step(done, note)
+
+        return stage.train(job, resume=options.resume, stop=stop, progress=progress)
+
+
+def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.TrainJob:
+    """Everything that a run works with; the run's folder is made last, when all else is open and fits."""
     if options.teachers not in {"cached", "online"}:
         raise ConfigError(f"--teachers {options.teachers}: it is cached or online")
     store = FeatureStore.open(options.cache)
@@ -111,14 +124,7 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
     )
     if ranks.rank == 0:
         say(_first_screen(workspace, counts, run, val))
-    with Bar("training", unit="step") as bar:
-
-        def progress(done: int, total: int, note: str) -> None:
-            bar.update_to(done, total)
-            if note:
-                bar.step(done, note)
-
-        return stage.train(job, resume=options.resume, stop=stop, progress=progress)
+    return job
 
 
 def summary_text(result: Mapping[str, Any]) -> str:
