@@ -9,6 +9,7 @@ Design, section 9: at least 1.9 (arithmetic limit 2.01). Also the peak memory of
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -92,7 +93,7 @@ def _measure(store: Path, kind: str, steps: int) -> dict[str, list[float]]:
         stop=StopFlag(),
         progress=lambda done, total, note: marks.append((time.process_time(), time.perf_counter())),
     )
-    gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks[1:], marks[2:], strict=False)]
+    gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks[1:])]
     return {
         "cpu": [g[0] for g in gaps],
         "wall": [g[1] for g in gaps],

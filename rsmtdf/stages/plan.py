@@ -151,15 +151,17 @@ def make_plan(
 
 
 def _no_room(cache: CacheConfig, pool: int, labelled: int, weak: int, size: int, budget: float) -> str:
-    def need(n: int, scale: float = 1.0, tiles: int = pool) -> float:
-        return (n * tiles + weak * labelled) * size * scale / GB
+    def need(n: int) -> float:
+        return (n * pool + weak * labelled) * size / GB
 
-    fits = max(int((budget / size - weak * labelled) // MIN_AUTO_SEEDS), 0)
+    ways = [f"--seeds 1 or 2 ({need(1):.1f} or {need(2):.1f} GB, weaker augmentation)"]
+    if (fits := int((budget / size - weak * labelled) // MIN_AUTO_SEEDS)) > 0:
+        ways.append(f"a pool of at most {fits:,} tiles")
+    ways.append(f"fewer --weak-views (now {weak} for each of {labelled:,} labelled tiles)")
+    ways.append(f"--max-gb {math.ceil(need(MIN_AUTO_SEEDS))} with --out on a larger disk")
     return (
         f"{budget / GB:.1f} GB hold fewer than {MIN_AUTO_SEEDS} strong seeds of {pool:,} tiles in {cache.codec} "
-        f"({need(MIN_AUTO_SEEDS):.1f} GB). Ways out: --seeds 1 or 2 ({need(1):.1f} or {need(2):.1f} GB, weaker "
-        f"augmentation); {f'a pool of at most {fits:,} tiles; ' if fits else ''}fewer --weak-views (now {weak} for each of {labelled:,} "
-        f"labelled tiles); --max-gb {math.ceil(need(MIN_AUTO_SEEDS))} with --out on a larger disk"
+        f"({need(MIN_AUTO_SEEDS):.1f} GB). Ways out: {'; '.join(ways)}"
     )
 
 

@@ -83,9 +83,9 @@ def build_schedule(
             f"{ranks.world} ranks; set train.batch to a multiple of {micro}"
         )
     cached = list(source.specs) if source is not None and not source.needs_pixels else []
-    for name in cached or [None]:
-        if pending := store.pending_views([name] if name else []):
-            what = f"features of {name!r} in {store.path} cover" if name else f"{store.path} has"
+    for needed in [[name] for name in cached] or [[]]:
+        if pending := store.pending_views(needed):
+            what = f"features of {needed[0]!r} in {store.path} cover" if needed else f"{store.path} has"
             raise StoreIncomplete(
                 f"{what} {store.n_views - pending:,} of {store.n_views:,} views; finish them with the rsmtdf "
                 f"cache-features command that the store was made by"
