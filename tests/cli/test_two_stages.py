@@ -133,9 +133,8 @@ def test_running_again_computes_nothing_and_growing_only_what_is_new(tiny: Any) 
 
 
 def test_another_teacher_is_computed_alone(tiny: Any) -> None:
-    extra = "{name: third, library: timm, model: vit_tiny_patch16_224, weights: random, seed: 2, overrides: " + (
-        "{patch_size: 14, embed_dim: 24, depth: 4, num_heads: 2}}"
-    )
+    vit = "{patch_size: 14, embed_dim: 24, depth: 4, num_heads: 2}"
+    extra = f"{{name: third, library: timm, model: vit_tiny_patch16_224, weights: random, seed: 2, overrides: {vit}}}"
     two = tiny.source().experiment.as_dict()["teachers"]
     stamps = {p: p.stat().st_mtime_ns for p in (tiny.store / "teachers" / "dense").rglob("c/*")}
     tiny.cache(f"teachers=[{two[0]}, {two[1]}, {extra}]".replace("None", "null").replace("True", "true"))
