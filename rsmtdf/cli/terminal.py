@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -92,8 +93,10 @@ def say(text: str) -> None:
 
 
 def show(result: Any, *, as_json: bool, text: str) -> None:
-    """The result of a command on stdout: JSON if asked for, else `text`."""
-    print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else text, flush=True)
+    """The result of a command on stdout: JSON if asked for, else `text`; the first of several ranks speaks for all."""
+    ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")  # as torchrun sets them
+    if ranks == "1" or rank == "0":
+        print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else text, flush=True)
 
 
 def log_to_stderr() -> None:

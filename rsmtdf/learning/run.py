@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rsmtdf.errors import CheckpointError
-from rsmtdf.files import write_whole
+from rsmtdf.files import PARTIAL, write_whole
 
 STATES = ("running", "interrupted", "finished", "failed")
 
@@ -94,8 +94,10 @@ class RunFolder:
                 break
         return out
 
-    def cut_records(self, step: int) -> None:
-        """Drops the records after `step`, which a resumed run makes again."""
+    def rewind(self, step: int) -> None:
+        """Drops what a resumed run makes again: the records after `step`, and files that a kill left half-written."""
+        for file in self.path.rglob(f"*{PARTIAL}"):
+            file.unlink(missing_ok=True)
         kept = [json.dumps(r, allow_nan=True) for r in self.records() if r["step"] <= step]
         write_whole(self.metrics, "".join(line + "\n" for line in kept).encode())
 

@@ -7,6 +7,7 @@ store or the new one. What a broken change left behind is overwritten by the nex
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -83,6 +84,11 @@ def make_store(
     except (TypeError, ValueError) as error:
         raise StoreError(f"the experiment's settings are no JSON data ({error}); {path} was not made") from error
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise StoreError(
+                f"cannot make a feature store at {path}: another process has just made one there; "
+                "run the same command again to go on with it"
+            ) from error
         raise StoreError(f"cannot make a feature store at {path}: {error.strerror}; nothing is left there") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

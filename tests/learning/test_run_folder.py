@@ -34,7 +34,9 @@ def test_records_are_cut_back_to_the_checkpoint_and_survive_a_torn_line(tmp_path
     with run.metrics.open("a") as file:
         file.write('{"kind": "train", "st')
     assert [r["step"] for r in run.records()] == [10, 20, 30]
-    run.cut_records(20)
+    (run.path / "checkpoints" / "last.safetensors.0123.partial").write_bytes(b"half a fi")
+    run.rewind(20)
+    assert not list(run.path.rglob("*.partial"))
     assert [r["step"] for r in run.records()] == [10, 20]
     run.record("train", 30, loss=0.5)
     assert run.records()[-1] == {"kind": "train", "step": 30, "loss": 0.5}

@@ -78,7 +78,8 @@ def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | N
     frozen = job.run.state().get("total_steps")
     if resume and job.run.last.exists():
         at = _Progression(**load_state(job.run.last, student=student, ema=ema, optimiser=optimiser))
-        job.run.cut_records(at.step)
+    if resume and job.ranks.rank == 0:
+        job.run.rewind(at.step)
     loop = _Loop(job, student, ema, optimiser, at)
     total = int(frozen) if resume and frozen else loop.length()
     if job.ranks.rank == 0:
@@ -151,9 +152,11 @@ class _Loop:
         job, config, at = self._job, self._job.experiment.train, self._at
         every = config.validate_every or self._schedule.steps_per_epoch
         begun, first = time.perf_counter(), at.step
-        patience_out = False
+        # A run that had ended for want of patience has no steps left, whatever its schedule says.
+        patience_out = self._is_out_of_patience()
+        end = at.step if patience_out else total
         try:
-            for step, batches in zip(range(at.step, total), self._micro_batches(at.step, total), strict=True):
+            for step, batches in zip(range(at.step, end), self._micro_batches(at.step, end), strict=True):
                 terms = self._one_step(step, total, batches)
                 at.step = step + 1
                 last = at.step == total
@@ -163,7 +166,7 @@ class _Loop:
                     progress(at.step, total, self._note(terms, begun) if at.step % config.log_every == 0 else "")
                 if at.step % every == 0 or last:
                     self._keep(self._validate(terms), final=last)
-                    patience_out = self._any_rank(config.patience is not None and at.stale >= config.patience)
+                    patience_out = self._any_rank(self._is_out_of_patience())
                 if self._any_rank(bool(stop)):
                     self._check_finite(terms)
                     self._keep(None, final=False)
@@ -181,6 +184,10 @@ class _Loop:
         finally:
             self._maker.close()
         return self._summary(total, time.perf_counter() - begun, first)
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self._job.experiment.train.patience
+        return patience is not None and self._at.stale >= patience
 
     def _micro_batches(self, start: int, stop: int) -> Iterator[list[ViewBatch]]:
         size, ranks = self._job.experiment.train.micro_batch, self._job.ranks
