@@ -196,7 +196,9 @@ def _new_run(
     experiment = source.experiment
     if ranks.world > 1 and options.out is None:
         raise ConfigError("several processes train together: name the run's folder with --out")
-    labels = Path(experiment.splits.labels).stem if "/" in experiment.splits.labels else experiment.splits.labels
+    labels = experiment.splits.labels
+    if not (labels == "all" or labels.endswith("%") or labels.isdecimal()):
+        labels = Path(labels).stem  # a list file
     stem = f"{experiment.dataset.name}-{labels}-{experiment.train.method}"
     path = options.out or next_run_path(Path("runs"), stem=stem)
     config = {

@@ -79,7 +79,7 @@ class Report:
             f"{self.name} in {self.root}",
             f"  images  {self.images} ({_counts(self.sizes)}; {_counts(self.kinds)})",
             f"  masks   {self.masks}, {len(self.images_without_mask)} image(s) unlabelled",
-            f"  tiles   {self.tiles}, {self.labelled_tiles} labelled; {self.left_out_tiles} left out as mostly invalid",
+            f"  tiles   {self.tiles}, {self.labelled_tiles} labelled; {self.left_out_tiles} left out (edges, nodata)",
         ]
         width = max((len(name) for name in self.class_pixels), default=0)
         for name, pixels in self.class_pixels.items():
@@ -217,6 +217,7 @@ def _summarise(dataset: Dataset, found: dict[str, _Found], report: Report) -> No
     report.ignored_pixels = int(pixels[IGNORE_INDEX])
     report.left_out_tiles += sum(f.poor_tiles for f in found.values())
     report.tiles -= sum(f.poor_tiles for f in found.values())
+    report.labelled_tiles -= sum(f.poor_tiles for i, f in found.items() if dataset.listing.scenes[i].mask is not None)
     strange: list[str] = []
     for image, one in found.items():
         mask = str(dataset.listing.scenes[image].mask)

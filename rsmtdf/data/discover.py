@@ -21,7 +21,7 @@ from rsmtdf.data.listing import Listing, list_dataset
 from rsmtdf.data.loveda import LOVEDA
 from rsmtdf.data.masks import read_raw, value_counts
 from rsmtdf.data.names import few
-from rsmtdf.data.raster import SUFFIXES, open_raster, read_header
+from rsmtdf.data.raster import SUFFIXES, is_guess, open_raster, read_header
 from rsmtdf.data.scaling import suggest_scaling
 from rsmtdf.errors import DatasetError
 from rsmtdf.specs import IGNORE_INDEX, DatasetSpec, SplitSpec
@@ -222,17 +222,23 @@ def _pixels(spec: DatasetSpec, listing: Listing, root: Path, notes: list[str]) -
         notes.append(f"images have {colours} band(s): band 1 is shown as grey")
     elif any(len(h.colour_bands) > 3 for h in headers.values()):
         most = max(len(h.colour_bands) for h in headers.values())
-        notes.append(
-            f"images have {most} bands: red, green, blue (else the first three) are used; "
-            "`bands: [4, 1, 2]` is false colour"
-        )
+        if any(is_guess(h, None) for h in headers.values()):
+            notes.append(
+                f"images have {most} bands without names: 1, 2, 3 are taken as red, green, blue; if they are not, say "
+                "which are (`bands: [3, 2, 1]`)"
+            )
+        else:
+            notes.append(f"images have {most} bands: red, green, blue are used; `bands: [4, 1, 2]` is false colour")
     types = sorted({h.dtype for h in headers.values()})
     if types != ["uint8"]:
         scaling = suggest_scaling(
             [(root / image, header) for image, header in headers.items()], bands=spec.bands, nodata=spec.nodata
         )
         spec = replace(spec, scaling=scaling)
-        notes.append(f"images are {', '.join(types)}: scaled from the 2nd to the 98th percentile of all scenes")
+        notes.append(
+            f"images are {', '.join(types)}: `scaling:` is the 2nd to the 98th percentile of all scenes, for the bands "
+            "above; with other `bands:`, take it out, and data check prints the new line"
+        )
     short = float(np.median([min(h.width, h.height) for h in headers.values()]))
     if short < spec.tile_px:
         spec = replace(spec, tile_px=max(32, round(short)))

@@ -201,7 +201,10 @@ def _trained_on(loaded: LoadedStudent) -> tuple[DatasetSpec, int]:
 
 
 def _check_readable(src: Path, header: Header, spec: DatasetSpec) -> None:
-    choose_bands(header, spec.bands, where=str(src))
+    try:
+        choose_bands(header, spec.bands, where=str(src))
+    except DatasetError as error:
+        raise DatasetError(f"{error} and train on such images; this student saw three bands of {spec.name}") from error
     if header.dtype != "uint8" and spec.scaling is None:
         try:
             line = yaml_line(suggest_scaling([(src, header)], bands=spec.bands, nodata=spec.nodata))
