@@ -166,6 +166,14 @@ class Experiment(Model):
     student: StudentConfig = StudentConfig()
     train: TrainConfig = TrainConfig.model_validate(RECIPES["practical"])
 
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _labels_may_be_a_number(cls, splits: Any) -> Any:
+        # `labels: 20` is what one writes, and YAML reads it as a number.
+        if isinstance(splits, dict) and type(splits.get("labels")) is int:
+            return {**splits, "labels": str(splits["labels"])}
+        return splits
+
     @field_validator("teachers")
     @classmethod
     def _unique_names(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:

@@ -139,6 +139,9 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         name: build_teacher(s, student_grid=grid, device=torch_device) for name, s in job.sources.items()
     }
     say(f"teachers   {', '.join(teachers)} on {torch_device}, {_pace(teachers, experiment, job.plan.new_views)}")
+    if job.store is not None:  # a teacher that is another one must not change the store's record
+        for name in sorted(set(teachers) & set(job.store.teachers)):
+            job.store.expect_teacher(teachers[name].spec, experiment.cache.codec)
     store = job.store or FeatureStore.create(
         job.out,
         recipe=experiment.views,
