@@ -120,7 +120,8 @@ class TrainConfig(Model):
     normalise: Literal["global", "per_rank"] = "global"
     min_token_valid: float = Field(0.0, ge=0, le=1)
     """Tokens with a smaller valid share are left out of the distillation loss; 0 keeps all (as published)."""
-    precision: Dtype = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes; float16 would need loss scaling."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations; None: once an epoch of the pool."""
     patience: int | None = Field(None, ge=1)
