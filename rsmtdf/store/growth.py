@@ -45,11 +45,12 @@ def make_store(
     Raises:
         StoreError: something is there, the parent cannot be written, or `experiment` is no JSON data.
     """
+    taken = (
+        f"cannot make a feature store at {path}: something is there already. If another process has just made a store "
+        "there, run the same command again to go on with it; otherwise choose another path"
+    )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError(
-            f"cannot make a feature store at {path}: something is there already; open it, choose another path, "
-            "or remove it first"
-        )
+        raise StoreError(taken)
     if shard_views < 1:
         raise StoreError(f"a shard must hold at least 1 view, not {shard_views}")
     tiles = TileTable(count=0, id_bytes=0, bytes_chunk=4096, offsets_chunk=1024, sha256="")
@@ -85,10 +86,7 @@ def make_store(
         raise StoreError(f"the experiment's settings are no JSON data ({error}); {path} was not made") from error
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise StoreError(
-                f"cannot make a feature store at {path}: another process has just made one there; "
-                "run the same command again to go on with it"
-            ) from error
+            raise StoreError(taken) from error
         raise StoreError(f"cannot make a feature store at {path}: {error.strerror}; nothing is left there") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

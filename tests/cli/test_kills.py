@@ -368,7 +368,7 @@ def test_two_processes_on_one_store_do_not_harm_it(world: World, moment: str) ->
         if code == 2:
             *_, error = re.split(r"^error: ", command.said(), flags=re.MULTILINE)
             assert out in error
-            assert re.search(r"process \d+ on \S+|another process has just made one there", error), (
+            assert re.search(r"process \d+ on \S+|another process has just made a store", error), (
                 f"it does not say why: {error}"
             )
     if moment in ("first shard", "half"):
