@@ -283,7 +283,12 @@ def _splits(dataset: Dataset, notes: list[str]) -> SplitSpec:
 def _stems_by_folder(root: Path) -> dict[str, set[str]]:
     """Stems of the rasters directly in each folder, by its POSIX path below `root` ('.' for itself)."""
     stems: dict[str, set[str]] = defaultdict(set)
-    for path, folders, files in os.walk(root):
+    seen: set[str] = set()  # linked folders are followed, as in reading, but not round and round
+    for path, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         relative = Path(path).relative_to(root).as_posix()
         for file in files:

@@ -152,3 +152,14 @@ def test_folders_that_cannot_be_described(tmp_path, write, picture):
     write(tmp_path / "b/masks/x.jpg", picture(40, 40))
     with pytest.raises(DatasetError, match="JPEG changes colours"):
         propose(tmp_path / "b")
+
+
+def test_folders_that_are_links_to_another_disk(tmp_path, write, picture):
+    mine, disk = tmp_path / "mine", tmp_path / "disk"
+    for i in range(6):
+        write(disk / f"{i}.png", picture(40, 40, seed=i))
+        write(mine / "masks" / f"{i}.png", picture(40, 40, 1, seed=i)[..., 0] % 4)
+    (mine / "images").symlink_to(disk)
+    (mine / "again").symlink_to(mine)
+    spec = accepted(mine).spec
+    assert (spec.images, spec.masks) == ("images", "masks")
