@@ -297,15 +297,23 @@ def demo(
     print(run_demo(out, device=device))
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from rsmtdf import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+# A callback of the option, not of the command: without a subcommand, the latter is never reached.
+VersionFlag = Annotated[
+    bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+]
+
+
+@app.callback()
+def _root(version: VersionFlag = False) -> None:
+    pass
 
 
 def _cache_source(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import yaml
 
 from rsmtdf.cli import caching
+from rsmtdf.cli.main import main
 from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
 from rsmtdf.data.synthetic.world import write_world
 from rsmtdf.signals import StopFlag
@@ -127,3 +130,41 @@ def tiny(cached_tiny: Tiny, tmp_path: Path) -> Tiny:
 @pytest.fixture
 def say() -> Callable[[str], None]:
     return lambda line: None
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RSMTDF_DATA", raising=False)
+    return folder
+
+
+@pytest.fixture
+def command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """`rsmtdf` as typed: exit code, stdout and stderr. An exception that reaches the user fails the test."""
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["rsmtdf", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Said(int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def tiny_experiment() -> dict[str, Any]:
+    """The tiny experiment as its YAML says it: models that take milliseconds, few views."""
+    return copy.deepcopy(TINY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,45 +15,11 @@ import rasterio
 import yaml
 from PIL import Image
 
-from rsmtdf.cli.main import main
 from rsmtdf.data.synthetic import CLASSES, PALETTE, World
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.testing.scenes import write_awkward_scenes, write_folder
 
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("RSMTDF_DATA", raising=False)
-    return folder
-
-
-@pytest.fixture
-def command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`rsmtdf` as typed: exit code, stdout and stderr. An exception that reaches the user fails the test."""
-
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["rsmtdf", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return run
+Command = Callable[..., Any]
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
