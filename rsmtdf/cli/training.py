@@ -61,15 +61,19 @@ class TrainOptions:
 
 def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
     """Trains a student from a store and returns the summary."""
-    job = open_job(options, say=say)
-    with Bar("training", unit="step") as bar:
+    try:
+        job = open_job(options, say=say)
+        with Bar("training", unit="step") as bar:
 
-        def progress(done: int, total: int, note: str) -> None:
-            bar.update_to(done, total)
-            if note:
-                bar.step(done, note)
+            def progress(done: int, total: int, note: str) -> None:
+                bar.update_to(done, total)
+                if note:
+                    bar.step(done, note)
 
-        return stage.train(job, resume=options.resume, stop=stop, progress=progress)
+            return stage.train(job, resume=options.resume, stop=stop, progress=progress)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.TrainJob:

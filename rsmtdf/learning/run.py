@@ -40,7 +40,10 @@ class RunFolder:
         Raises:
             CheckpointError: `path` holds something already, or cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # An empty `checkpoints` alone is what a process leaves that was killed right here.
+        if path.exists() and (
+            not path.is_dir() or any(p.name != "checkpoints" or any(p.iterdir()) for p in path.iterdir())
+        ):
             raise CheckpointError(
                 f"{path} exists already; runs are never overwritten: choose another --out or --resume"
             )

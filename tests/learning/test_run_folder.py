@@ -81,3 +81,12 @@ def test_the_length_of_a_run() -> None:
     assert total_steps(epochs=None, steps=None, budget="1h", steps_per_epoch=7, step_seconds=2.0) == 1800
     with pytest.raises(ConfigError, match="how long shall it train"):
         total_steps(epochs=None, steps=None, budget=None, steps_per_epoch=7, step_seconds=None)
+
+
+def test_what_a_kill_during_creation_leaves_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert RunFolder.create(tmp_path / "run", config={"a": 2}).config() == {"a": 2}
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "last.safetensors").write_bytes(b"kept")
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        RunFolder.create(tmp_path / "other", config={})

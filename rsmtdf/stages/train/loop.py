@@ -170,7 +170,8 @@ class _Loop:
                 if self._any_rank(bool(stop)):
                     self._check_finite(terms)
                     self._keep(None, final=False)
-                    message = f"stopped at step {at.step} of {total}; go on with --out {job.run.path} --resume"
+                    command = f"rsmtdf train --cache {job.store.path} --out {job.run.path} --resume"
+                    message = f"stopped at step {at.step} of {total}; go on with: {command}"
                     if job.ranks.rank == 0:
                         job.run.write_state("interrupted", step=at.step)
                     raise Interrupted(stop.signum or 15, message)
