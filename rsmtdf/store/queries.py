@@ -51,17 +51,21 @@ def weak_rows(store: FeatureStore, tiles: Sequence[str], usable: np.ndarray) -> 
         log.warning("%d labelled tile(s) left out: stage 1 could not read them (%s)", len(gone), ", ".join(gone[:3]))
         tiles = [t for t in tiles if indices.get(t) not in unreadable]
     rows = rows[usable[rows]]
-    rows = rows[np.lexsort((store.column("seed")[rows], store.column("tile")[rows]))] if len(rows) else rows
-    owner = store.column("tile")[rows] if len(rows) else rows
-    found = [rows[slice(*np.searchsorted(owner, (indices[t], indices[t] + 1)))] if t in indices else [] for t in tiles]
-    if lacking := [t for t, r in zip(tiles, found, strict=True) if not len(r)]:
+    rows = rows[np.lexsort((store.column("seed")[rows], store.column("tile")[rows]))]
+    owner = store.column("tile")[rows]
+    # All tiles at once, in the column's dtype: other keys would have the whole column converted.
+    wanted = np.array([indices.get(t, -1) for t in tiles], owner.dtype)
+    starts = np.searchsorted(owner, wanted, side="left")
+    counts = np.searchsorted(owner, wanted, side="right") - starts
+    if lacking := [t for t, n in zip(tiles, counts, strict=True) if not n]:
         raise StoreIncomplete(
             f"{store.path} has no finished weak views of {len(lacking)} of {len(tiles)} labelled tiles (first: "
             f"{', '.join(lacking[:3])}); add them with the command the store was made by and these --labels"
         )
-    table = np.full((len(tiles), max((len(r) for r in found), default=0)), -1, np.int64)
-    for line, r in zip(table, found, strict=True):
-        line[: len(r)] = r
+    places = np.arange(counts.max(initial=0))
+    table = np.full((len(tiles), len(places)), -1, np.int64)
+    there = places < counts[:, None]
+    table[there] = rows[(starts[:, None] + places)[there]]
     return table
 
 

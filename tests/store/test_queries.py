@@ -73,6 +73,32 @@ def test_unusable_weak_rows_are_left_out_and_a_tile_without_any_is_named(store: 
         weak_rows(store, ["a", "c", "unknown"], usable)
 
 
+def test_weak_rows_of_many_tiles_search_once_and_convert_nothing(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of another dtype have the whole sorted column converted, 10 ms a search at 6 million rows."""
+    keys: list[tuple[int, bool]] = []
+    search = np.searchsorted
+
+    def counted(values: np.ndarray, wanted: np.ndarray, **options: str) -> np.ndarray:
+        keys.append((np.size(wanted), np.asarray(wanted).dtype == values.dtype))
+        return search(values, wanted, **options)
+
+    monkeypatch.setattr(np, "searchsorted", counted)
+    assert (weak_rows(store, ["b", "a", "b"], np.ones(store.n_rows, bool)) >= 0).sum(axis=1).tolist() == [3, 5, 3]
+    assert set(keys) == {(3, True)}
+    assert len(keys) <= 2
+
+
+def test_no_labelled_tile_is_an_empty_table(store: FeatureStore, tmp_path: Path) -> None:
+    assert weak_rows(store, [], np.ones(store.n_rows, bool)).shape == (0, 0)
+    empty = FeatureStore.create(
+        tmp_path / "e.zarr", recipe=ViewRecipe(), dataset=DATASET, data_root="", experiment={}, shard_views=4
+    )
+    with pytest.raises(StoreIncomplete, match=r"no finished weak views of 1 of 1"):
+        weak_rows(empty, ["a"], np.ones(0, bool))
+
+
 def test_strong_pairs_span_generations_and_leave_the_lone_tile_out(store: FeatureStore) -> None:
     pairs = strong_pairs(store, {"a", "b", "c", "d", "e"}, np.ones(store.n_rows, bool))
     assert [named(store, p) for p in (pairs[0], pairs[1])] == [["a", "b", "d", "e"], ["c", "a"]]
