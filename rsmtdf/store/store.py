@@ -112,6 +112,7 @@ class FeatureStore:
         if writable:
             # Somebody who is changing it right now will leave it in order.
             with contextlib.suppress(StoreError), store.locked(timeout_s=0):
+                store.refresh()  # somebody may have changed it between reading and locking
                 settle(path, store._manifest, store.teachers)
         return store
 

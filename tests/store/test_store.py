@@ -10,6 +10,7 @@ import torch
 
 from rsmtdf.errors import StoreError, StoreIncomplete, StoreMismatch, StoreNotFound
 from rsmtdf.specs import STREAMS
+from rsmtdf.store.locks import StoreLocks
 from rsmtdf.store.reader import CachedFeatures
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
@@ -271,6 +272,24 @@ class TestGrowth:
         with pytest.raises(StoreError, match="already has the strong view"):
             other.extend([kit.strong(seed=1)])
         assert other.n_rows == store.n_rows
+
+    def test_growth_between_reading_and_locking_is_not_undone(self, kit, path, monkeypatch):
+        """Opening to write settles lengths: those of now, not those of a moment before it had the lock."""
+        writer = kit.full(path)
+        mutex = StoreLocks.mutex
+
+        def grown_meanwhile(locks, *, timeout_s):
+            monkeypatch.setattr(StoreLocks, "mutex", mutex)
+            writer.extend([kit.strong(seed=1)])
+            return mutex(locks, timeout_s=timeout_s)
+
+        monkeypatch.setattr(StoreLocks, "mutex", grown_meanwhile)
+        opened = FeatureStore.open(path, writable=True)
+        nodes = ("views/tile", "views/status", "teachers/t/features", "teachers/t/status")
+        lengths = [json.loads((path / node / "zarr.json").read_bytes())["shape"][0] for node in nodes]
+        assert writer.n_rows == 32
+        assert lengths == [32] * 4
+        assert opened.n_rows == 32
 
     def test_never_while_somebody_writes(self, kit, path):
         store = kit.full(path)
