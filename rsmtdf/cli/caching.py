@@ -15,6 +15,7 @@ import torch
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, open_workspace
 from rsmtdf.config import Experiment, TeacherConfig
+from rsmtdf.data.splits import summary as split_summary
 from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
@@ -39,6 +40,11 @@ class CacheJob:
     out: Path
     store: FeatureStore | None
     """The existing store, if there is one."""
+
+    def text(self) -> str:
+        """The splits and the plan, for a terminal."""
+        splits = split_summary(self.workspace.splits, self.workspace.experiment.splits)
+        return f"splits     {splits}\n{self.plan.text()}"
 
 
 def select_teachers(experiment: Experiment, names: Sequence[str] | None) -> Experiment:

@@ -40,7 +40,7 @@ def run_demo(out: Path, *, device: str) -> str:
     with stop_flag() as stop:
         say("2/5 stage 1: the surrogate teachers look at every view once")
         job = caching.plan_cache(source, root=data, out=store)
-        say(job.plan.text())
+        say(job.text())
         say(caching.summary_text(caching.run_cache(job, device=device, stop=stop, say=say)))
         runs = {
             method: _train(store, run, method, step, device, stop)

@@ -70,7 +70,7 @@ def plan(
 
     source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, set_)
     job = plan_cache(source, root=where, out=out)
-    show(job.plan.as_dict(), as_json=as_json, text=job.plan.text())
+    show(job.plan.as_dict(), as_json=as_json, text=job.text())
 
 
 @app.command("cache-features")
@@ -104,7 +104,7 @@ def cache_features(
         dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, [*(set_ or []), *more]
     )
     job = caching.plan_cache(source, root=where, out=out)
-    say(job.plan.text())
+    say(job.text())
     if dry_run:
         show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
         return

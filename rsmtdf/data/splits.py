@@ -156,6 +156,19 @@ def select_tiles(dataset: Dataset, splits: Splits, which: str, *, base: Path) ->
     return tuple(sorted(ids))
 
 
+def summary(splits: Splits, spec: SplitSpec) -> str:
+    """One line: the tiles of each part, and the groups or scenes they come from."""
+    parts = []
+    for part in PARTS:
+        ids: tuple[str, ...] = getattr(splits, part)
+        scenes = {tile_id.rsplit("/", 1)[0] for tile_id in ids}
+        names = {_group_in(scene, spec.group) or scene for scene in scenes} if spec.by == "group" else scenes
+        is_short = spec.by == "group" or len(names) <= 3
+        of = few(sorted(names), 8) if is_short else f"{len(names):,} scenes"
+        parts.append(f"{part} {len(ids):,}" + (f" ({of})" if ids else ""))
+    return ", ".join(parts)
+
+
 def _read_parts(dataset: Dataset, spec: SplitSpec, usable: dict[str, Tile], base: Path) -> dict[str, list[str]]:
     listed: dict[str, list[str]] = {}
     owner: dict[str, tuple[str, Entry]] = {}
@@ -240,13 +253,19 @@ def _unit(tile: Tile, spec: SplitSpec) -> str:
         return tile.scene
     if not spec.group:
         raise ConfigError("splits by group need `group:`, a regular expression whose first group names a scene's group")
-    try:
-        match = re.search(spec.group, tile.scene)
-    except re.error as error:
-        raise ConfigError(f"group {spec.group!r} is no regular expression: {error}") from None
-    if match is None:
+    name = _group_in(tile.scene, spec.group)
+    if name is None:
         raise DatasetError(f"group {spec.group!r} does not match scene {tile.scene!r}, so it would be in no group")
-    return (match[1] if match.re.groups else match[0]) or ""
+    return name
+
+
+def _group_in(scene: str, rule: str | None) -> str | None:
+    """The group that the regular expression `rule` finds in a scene's name; None where it does not match."""
+    try:
+        match = re.search(rule or "", scene)
+    except re.error as error:
+        raise ConfigError(f"group {rule!r} is no regular expression: {error}") from None
+    return None if match is None else str((match[1] if match.re.groups else match[0]) or "")
 
 
 def _cut_exact(sizes: Sequence[int], weights: dict[str, float]) -> list[str]:
@@ -303,13 +322,12 @@ def _labels_from_list(
         )
     entries = read_list(dataset, path, what="the label list")
     require_masks(entries, path=path, what="the label list")
-    outside = [
-        f"line {e.line} ({t.id})" for e in entries for t in e.tiles if t.id not in train and t.id not in left_out
-    ]
-    if outside:
+    outside = [(e, [t.id for t in e.tiles if t.id not in train and t.id not in left_out]) for e in entries]
+    if stray := sum(len(ids) for _, ids in outside):
+        lines = [f"line {e.line} ({ids[0] if len(ids) == 1 else e.name})" for e, ids in outside if ids]
         raise DatasetError(
-            f"the label list {path} names {len(outside)} tile(s) that are not in the train split: {few(outside)}; "
-            f"move them there, or take the lines out"
+            f"the label list {path} names {stray} tile(s) that are not in the train split: {few(lines)}; label "
+            f"others (rsmtdf plan shows the splits), or change `splits:` so that these train"
         )
     chosen = tuple(sorted(tile_id for tile_id in tile_ids(entries) if tile_id in train))
     if not chosen:

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rsmtdf.data.dataset import Dataset
-from rsmtdf.data.splits import PARTS, Splits, labelled_tiles, make_splits, select_tiles
+from rsmtdf.data.splits import PARTS, Splits, labelled_tiles, make_splits, select_tiles, summary
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.specs import SplitSpec, Tile
 
@@ -297,3 +297,20 @@ def test_loveda_official_split_by_the_published_rule(tmp_path, write, picture):
     other = make_splits(data, data.tiles(), SplitSpec(by="official", seed=1), base=tmp_path)
     assert other.train == splits.train
     assert other.val != splits.val
+
+
+def test_a_line_tells_where_the_parts_come_from():
+    splits = Splits(("a_1/0_0", "a_2/0_0", "lone/0_0"), ("b_1/0_0", "b_1/0_1"), ())
+    by_group = SplitSpec(by="group", group=r"^([a-z])_")
+    assert summary(splits, by_group) == "train 3 (a, lone), val 2 (b), test 0"
+    assert summary(splits, SplitSpec(by="scene")) == "train 3 (a_1, a_2, lone), val 2 (b_1), test 0"
+    many = Splits(tuple(f"s{i}/0_0" for i in range(9)), (), ())
+    assert summary(many, SplitSpec()).startswith("train 9 (9 scenes)")
+
+
+def test_a_label_list_outside_the_train_split_is_named_by_its_lines(folder, spec, tmp_path):
+    data = Dataset(spec, folder)
+    scene = data.tiles()[0].scene
+    (tmp_path / "labels.txt").write_text(f"{scene}\n")
+    with pytest.raises(DatasetError, match=rf"line 1 \({scene}\); label others"):
+        labelled_tiles(data, [t.id for t in data.tiles() if t.scene != scene], "labels.txt", seed=0, base=tmp_path)
