@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,6 +143,11 @@ class TrainConfig(Model):
 
 
 SCHEDULE_KEYS = ("epochs", "steps", "budget")
+METHOD_KEYS = ("method", "seed", "workers")
+"""What a change of recipe leaves as it is."""
+DEFAULT_RECIPE = "practical"
+MAX_DEPTH = 40
+"""Of a configuration; a YAML alias can make it endless."""
 RECIPES: dict[str, dict[str, Any]] = {
     # Section 1 of the design: 60 epochs, batch 32 + 32, fp32, thresholds and rates as published.
     "paper": {"epochs": 60, "normalise": "per_rank", "min_token_valid": 0.0, "patience": None},
@@ -165,7 +169,7 @@ class Experiment(Model):
     )
     cache: CacheConfig = CacheConfig()
     student: StudentConfig = StudentConfig()
-    train: TrainConfig = TrainConfig.model_validate(RECIPES["practical"])
+    train: TrainConfig = TrainConfig.model_validate(RECIPES[DEFAULT_RECIPE])
 
     @field_validator("splits", mode="before")
     @classmethod
@@ -226,8 +230,8 @@ def _patch_of(backbone: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def load_experiment(path: Path, *, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment in YAML file `path`, with `a.b=value` overrides laid over it.
+def load_experiment(path: Path, *, train: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in YAML file `path`, changed as `parse_experiment` says.
 
     Raises:
         ConfigError: no such file, no YAML, a duplicate key, or any invalid value; all of them in one message, each
@@ -239,20 +243,30 @@ def load_experiment(path: Path, *, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file in UTF-8") from error
-    return parse_experiment(read_yaml(text, where=str(path)), overrides=overrides, where=str(path))
+    return parse_experiment(read_yaml(text, where=str(path)), train=train, overrides=overrides, where=str(path))
 
 
-def parse_experiment(data: Mapping[str, Any], *, overrides: Sequence[str] = (), where: str) -> Experiment:
-    """The experiment that `data` describes; `where` names its origin in errors (see `load_experiment`)."""
-    merged = json.loads(json.dumps(dict(data)))
+def parse_experiment(
+    data: Mapping[str, Any], *, train: Mapping[str, Any] | None = None, overrides: Sequence[str] = (), where: str
+) -> Experiment:
+    """The experiment that `data` describes, with changes laid over it, each winning over what comes before.
+
+    First a change of recipe, whether from `train` or from `overrides`: it puts that recipe's values in place of all
+    of `train` but METHOD_KEYS. Then the other fields in `train`, then `overrides`. A length (one of SCHEDULE_KEYS)
+    replaces whatever length came before it.
+
+    Args:
+        data: what a YAML file or a record holds; what it leaves out has its default.
+        train: fields of the section `train`; None as a value says nothing.
+        overrides: `a.b=value`, the value in YAML.
+        where: names the origin of `data` in errors (see `load_experiment`).
+    """
+    merged: dict[str, Any] = _plain(dict(data), where=where)
+    last: dict[str, Any] = {"train": {}}
     for assignment in overrides:
-        _assign(merged, assignment)
-    train = merged.get("train") or {}
-    if isinstance(train, dict):
-        base = dict(RECIPES.get(str(train.get("recipe", "practical")), {}))
-        if any(train.get(key) is not None for key in SCHEDULE_KEYS):
-            base = {k: v for k, v in base.items() if k not in SCHEDULE_KEYS}
-        merged["train"] = {**base, **train}
+        _assign(last if assignment.startswith("train.") else merged, assignment)
+    if isinstance(section := merged.get("train") or {}, dict):
+        merged["train"] = _complete(_changed(section, {k: v for k, v in (train or {}).items() if v is not None}, last))
     try:
         return Experiment.model_validate(merged)
     except ValidationError as error:
@@ -262,24 +276,66 @@ def parse_experiment(data: Mapping[str, Any], *, overrides: Sequence[str] = (), 
         raise ConfigError(f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
 
 
-def with_train(experiment: Experiment, changes: Mapping[str, Any], *, where: str) -> Experiment:
-    """`experiment` with fields of `train` changed; a change of `recipe` first lays that recipe's values over it."""
-    data = experiment.as_dict()
-    train = dict(data["train"])
-    if (recipe := changes.get("recipe")) is not None and recipe != train["recipe"]:
-        train = {"method": train["method"], "seed": train["seed"], "workers": train["workers"]}
-    if any(changes.get(key) is not None for key in SCHEDULE_KEYS):
-        train = {k: v for k, v in train.items() if k not in SCHEDULE_KEYS}
-    data["train"] = {**train, **{k: v for k, v in changes.items() if v is not None}}
-    return parse_experiment(data, where=where)
+def with_train(
+    experiment: Experiment, changes: Mapping[str, Any], *, overrides: Sequence[str] = (), where: str
+) -> Experiment:
+    """`experiment` with fields of `train` changed, then `overrides` laid over it (see `parse_experiment`)."""
+    return parse_experiment(experiment.as_dict(), train=changes, overrides=overrides, where=where)
+
+
+def _changed(section: Mapping[str, Any], train: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `train`, changed as `parse_experiment` says."""
+    overriding = dict(last["train"])
+    recipe = overriding.pop("recipe", None) or train.get("recipe")
+    levels = [{k: v for k, v in train.items() if k != "recipe"}, overriding]
+    now = dict(section)
+    if recipe is not None and recipe != now.get("recipe", DEFAULT_RECIPE):
+        # Unknown keys stay, so that they are reported.
+        now = {k: v for k, v in now.items() if k in METHOD_KEYS or k not in TrainConfig.model_fields}
+        now["recipe"] = recipe
+    for level in levels:
+        if any(level.get(key) is not None for key in SCHEDULE_KEYS):
+            now = {k: v for k, v in now.items() if k not in SCHEDULE_KEYS}
+        now |= level
+    return now
+
+
+def _complete(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `train` with its recipe's values where it has none of its own."""
+    base = dict(RECIPES.get(str(train.get("recipe", DEFAULT_RECIPE)), {}))
+    if any(train.get(key) is not None for key in SCHEDULE_KEYS):
+        base = {k: v for k, v in base.items() if k not in SCHEDULE_KEYS}
+    return {**base, **train}
+
+
+def _plain(value: Any, *, where: str, at: tuple[str, ...] = ()) -> Any:
+    """A copy of `value` in JSON's types.
+
+    Raises:
+        ConfigError: YAML has read a date, bytes or a set, or a list holds itself.
+    """
+    if len(at) > MAX_DEPTH:
+        raise ConfigError(f"{where}: {'.'.join(at[:3])} is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, where=where, at=(*at, str(key))) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where=where, at=(*at, str(n))) for n, item in enumerate(value)]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ConfigError(
+        f"{where}: {'.'.join(at)} is read as a {type(value).__name__} ({value}), which no key takes; "
+        f"put it in quotes if it is meant as text"
+    )
 
 
 def read_yaml(text: str, *, where: str) -> dict[str, Any]:
     """The mapping in a YAML text, read by the safe loader; a duplicate key is a `ConfigError`."""
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deep") from error
     if data is None:
         raise ConfigError(f"{where} is empty; it should hold a mapping (dataset: ..., views: ...)")
     if not isinstance(data, dict):
@@ -294,6 +350,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key should be a word, not {key!r}", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -304,26 +364,27 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
     path, eq, value = assignment.partition("=")
     if not eq or not path:
         raise ConfigError(f"--set {assignment!r} should read key.key=value, e.g. --set train.seed=1")
+    try:
+        parsed = _plain(yaml.safe_load(value), where=f"--set {path}", at=("the value",))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
     *parents, last = path.split(".")
     here: Any = data
-    for key in parents:
-        here = here.setdefault(key, {}) if isinstance(here, dict) else here[_index(here, key, path)]
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
-    if isinstance(here, list):
-        here[_index(here, last, path)] = parsed
-    elif isinstance(here, dict):
-        here[last] = parsed
-    else:
-        raise ConfigError(f"--set {path}: {'.'.join(parents)} is a value, not a section")
+    for depth, key in enumerate(parents):
+        if isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}  # a section that is not there, or is empty
+        here = here[key] if isinstance(here, dict) else here[_index(here, key, path, parents[:depth])]
+    here[last if isinstance(here, dict) else _index(here, last, path, parents)] = parsed
 
 
-def _index(items: Any, key: str, path: str) -> int:
-    if isinstance(items, list) and key.isdigit() and int(key) < len(items):
+def _index(items: Any, key: str, path: str, parents: Sequence[str]) -> int:
+    if not isinstance(items, list):
+        raise ConfigError(f"--set {path}: {'.'.join(parents)} is a value ({items!r}), not a section")
+    if key.isdecimal() and int(key) < len(items):
         return int(key)
-    raise ConfigError(f"--set {path}: {key!r} is no position in a list of {len(items or [])}")
+    raise ConfigError(f"--set {path}: {key!r} is no position in a list of {len(items)}")
 
 
 def _explained(problems: Sequence[Any]) -> list[str]:

@@ -110,6 +110,114 @@ def test_options_change_the_recipe_and_the_length() -> None:
     assert (shorter.train.budget, shorter.train.steps) == ("10-steps", None)
 
 
+def recorded(**train: Any) -> dict[str, Any]:
+    """As a store or a run records it: every value explicit."""
+    return parse_experiment({**MINIMAL, "train": train}, where="x").as_dict()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [
+        (["train.epochs=60"], (60, None, None)),
+        (["train.steps=7"], (None, 7, None)),
+        (["train.budget=2h"], (None, None, "2h")),
+        (["train.steps=7", "train.steps=9"], (None, 9, None)),
+    ],
+)
+def test_a_length_given_replaces_the_recorded_one(overrides: list[str], length: tuple[Any, ...]) -> None:
+    for record in (recorded(), recorded(epochs=3), recorded(budget="20-steps")):
+        train = parse_experiment(record, overrides=overrides, where="x").train
+        assert (train.epochs, train.steps, train.budget) == length
+
+
+def test_two_lengths_given_together_are_refused() -> None:
+    assert "epochs and steps are all given" in problem(recorded(), "train.epochs=6", "train.steps=7")
+
+
+def test_the_recipe_is_the_same_change_however_it_is_given() -> None:
+    record = recorded(seed=3, workers=1, method="fixmatch", batch=4, precision="bfloat16", backbone_lr=0.5)
+    by_option = with_train(Experiment.model_validate(record), {"recipe": "paper"}, where="x").train
+    assert by_option == parse_experiment(record, overrides=["train.recipe=paper"], where="x").train
+    assert by_option == parse_experiment(record, train={"recipe": "paper"}, where="x").train
+    assert (by_option.recipe, by_option.epochs, by_option.steps, by_option.batch) == ("paper", 60, None, 32)
+    assert (by_option.normalise, by_option.patience, by_option.precision) == ("per_rank", None, "float32")
+    assert (by_option.seed, by_option.workers, by_option.method) == (3, 1, "fixmatch"), "no part of a recipe"
+    same = parse_experiment(record, overrides=["train.recipe=practical"], where="x").train
+    assert same.batch == 4, "it is of that recipe already"
+
+
+def test_set_wins_over_options_and_options_over_the_recipe() -> None:
+    record = recorded(seed=3)
+    given = ["train.precision=bfloat16", "train.micro_batch=8", "train.seed=7", "train.epochs=2"]
+    for train in (
+        parse_experiment(
+            record, train={"recipe": "paper", "batch": 8, "budget": "2h"}, overrides=given, where="x"
+        ).train,
+        with_train(
+            Experiment.model_validate(record),
+            {"recipe": "paper", "batch": 8, "budget": "2h"},
+            overrides=given,
+            where="x",
+        ).train,
+        parse_experiment(
+            record, train={"batch": 8, "budget": "2h"}, overrides=[*given, "train.recipe=paper"], where="x"
+        ).train,
+    ):
+        assert (train.recipe, train.normalise, train.batch) == ("paper", "per_rank", 8)
+        assert (train.precision, train.micro_batch, train.seed) == ("bfloat16", 8, 7)
+        assert (train.epochs, train.steps, train.budget) == (2, None, None)
+    # Only the end must be sound: a micro-batch of 32 is none of the recorded batch of 16.
+    both = parse_experiment(record, train={"recipe": "paper"}, overrides=["train.micro_batch=32"], where="x").train
+    assert both.micro_batch == 32
+    last = parse_experiment(record, train={"recipe": "paper"}, overrides=["train.recipe=practical"], where="x").train
+    assert last.recipe == "practical", "--set wins over --recipe too"
+
+
+def test_a_change_of_recipe_hides_no_typing_error() -> None:
+    text = problem({**MINIMAL, "train": {"conf_treshold": 0.9}}, "train.recipe=paper")
+    assert "train.conf_treshold: no such key" in text
+    assert "train.recipe" in problem(recorded(), "train.recipe=papre")
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("dataset: {name: 2024-05-01}", r"dataset.name is read as a date \(2024-05-01\).*in quotes"),
+        ("splits: {labels: !!binary aGk=}", "splits.labels is read as a bytes"),
+        ("dataset: {classes: !!set {a, b}}", "dataset.classes is read as a set"),
+        ("dataset: {name: 2024-13-45}", "not valid YAML: month must be in 1..12"),
+        ("? [a, b]\n: c", r"not valid YAML: a key should be a word, not \['a', 'b'\]"),
+        ("dataset: &d {classes: [*d]}", "dataset.classes.0 is nested more than 40 deep"),
+        ("[" * 3000, "nested too deep"),
+    ],
+)
+def test_what_yaml_reads_and_no_key_takes_is_named(tmp_path: Path, yaml_text: str, message: str) -> None:
+    (tmp_path / "my.yaml").write_text(yaml_text)
+    with pytest.raises(ConfigError, match=rf"my\.yaml.*{message}"):
+        load_experiment(tmp_path / "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cache.batch.x.y=1", "--set cache.batch.x.y: cache.batch is a value (8), not a section"),
+        ("dataset.name.x=1", "--set dataset.name.x: dataset.name is a value ('x'), not a section"),
+        ("dataset.name=2024-05-01", "--set dataset.name: the value is read as a date (2024-05-01)"),
+        ("dataset.name=2024-13-45", "the value is not valid YAML: month must be in 1..12"),
+        ("dataset.name={[a]: b}", "the value is not valid YAML"),
+        ("train.steps.x.y=1", "train.steps"),
+    ],
+)
+def test_an_override_that_fits_nowhere_says_so(override: str, message: str) -> None:
+    assert message in problem({**MINIMAL, "cache": {"batch": 8}}, override)
+
+
+def test_an_override_fills_an_empty_section() -> None:
+    data = {**MINIMAL, "train": None, "cache": None}
+    experiment = parse_experiment(data, overrides=["train.seed=4", "cache.batch=2"], where="x")
+    assert (experiment.train.seed, experiment.cache.batch) == (4, 2)
+
+
 def test_teachers_are_named_once_and_leave_the_student_a_share() -> None:
     assert "teacher named twice: t" in problem({**MINIMAL, "teachers": [{"name": "t"}, {"name": "t"}]})
     text = problem({**MINIMAL, "teachers": [{"name": "t", "fusion_weight": 0.6}, {"name": "u", "fusion_weight": 0.4}]})
