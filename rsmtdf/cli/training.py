@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,16 @@ import torch
 
 import rsmtdf
 from rsmtdf.cli.caching import student_grid, teacher_sources
+from rsmtdf.cli.runs import Mode, resumable, run_record, run_stem
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, data_root, open_workspace, source_from_record, with_labels
 from rsmtdf.config import Experiment, load_experiment, with_train
 from rsmtdf.data.labels import LabelCounts, label_counts
-from rsmtdf.errors import CheckpointError, ConfigError, StoreIncomplete, TrainingError
+from rsmtdf.errors import ConfigError, StoreIncomplete, TrainingError
 from rsmtdf.learning.budget import parse_budget
 from rsmtdf.learning.methods import METHODS
 from rsmtdf.learning.run import RunFolder, next_run_path, point_latest
+from rsmtdf.learning.sampler import Schedule
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import FeatureSource, to_dict
 from rsmtdf.stages import cache as cache_stage
@@ -81,16 +83,22 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.Trai
     if options.teachers not in {"cached", "online"}:
         raise ConfigError(f"--teachers {options.teachers}: it is cached or online")
     store = FeatureStore.open(options.cache)
-    run, source = _run_and_source(options, store)
+    source, mode = _asked(options, store), Mode(options.teachers, options.through_codec)
+    before = None
+    if options.resume:
+        asked = source if _is_explicit(options) else None
+        before = resumable(options.out, asked=asked, mode=mode if mode != Mode() else None, store=store)
+        source, mode = before.source, before.mode
     experiment = source.experiment
     if experiment.train.method not in METHODS:
         raise ConfigError(f"no method {experiment.train.method!r}; there are: {', '.join(METHODS)}")
     device = choose_device(_rank_device(options.device))
     root = data_root(source, root=options.root, recorded=store.data_root)
-    workspace = open_workspace(source, root=root, left_out=store.experiment.get("left_out", ()))
+    left_out = before.left_out if before else store.experiment.get("left_out", ())
+    workspace = open_workspace(source, root=root, left_out=left_out, drawn=before.tiles if before else None)
     counts = _label_counts(workspace)
     needs = METHODS[experiment.train.method].needs_targets
-    features = _features(options, experiment, store, device) if needs else None
+    features = _features(mode, experiment, store, device) if needs else None
     spec, backbone = _student_spec(experiment, features), _backbone(experiment, base=source.base)
     ranks = _ranks(device)
     schedule = stage.build_schedule(
@@ -100,13 +108,15 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.Trai
         labelled=workspace.labelled,
         pool=workspace.pool,
         ranks=ranks,
+        n_rows=before.n_rows if before else None,
     )
+    if before:
+        before.require(schedule)
     every_tile = {t.id: t for t in workspace.dataset.tiles()}
     maker = cache_stage.view_maker(store, reader=workspace.dataset, tiles=every_tile)
     val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
     _check_before(workspace, spec, val)
-    if run is None:
-        run = _new_run(options, source, store, root=root, ranks=ranks)
+    run = before.run if before else _new_run(options, workspace, store, schedule, mode=mode, ranks=ranks)
     job = stage.TrainJob(
         experiment=experiment,
         store=store,
@@ -148,18 +158,8 @@ def summary_text(result: Mapping[str, Any]) -> str:
     )
 
 
-def run_source(run: RunFolder) -> tuple[Source, dict[str, Any]]:
-    """The experiment that a run recorded, and the record itself."""
-    record = run.config()
-    if lacking := [key for key in ("config", "base", "root", "store") if key not in record]:
-        raise CheckpointError(
-            f"{run.path / 'config.json'} lacks {', '.join(lacking)}; it was not written by rsmtdf train"
-        )
-    return source_from_record(record, overrides=(), where=str(run.path / "config.json")), record
-
-
-def _run_and_source(options: TrainOptions, store: FeatureStore) -> tuple[RunFolder | None, Source]:
-    """The experiment as the options shape it; with --resume, the existing run, whose settings must be the same."""
+def _asked(options: TrainOptions, store: FeatureStore) -> Source:
+    """The experiment as the options shape it."""
     if options.config is not None:
         source = Source(load_experiment(options.config, overrides=options.overrides), options.config.parent)
     else:
@@ -167,69 +167,44 @@ def _run_and_source(options: TrainOptions, store: FeatureStore) -> tuple[RunFold
     source = with_labels(source, options.labels)
     source = Source(with_train(source.experiment, options.train, where="the command line"), source.base)
     store.expect(recipe=source.experiment.views, dataset=source.experiment.dataset)
-    if not options.resume:
-        return None, source
-    if options.out is None:
-        raise ConfigError("--resume needs --out RUN: the folder of the run to go on with")
-    run = RunFolder.open(options.out)
-    before, record = run_source(run)
-    if record["store"]["identity"] != store.identity:
-        raise ConfigError(f"{run.path} was trained from a store of another identity than {options.cache}")
-    given = any(v is not None for v in options.train.values()) or options.overrides or options.labels
-    if given and (changed := _differences(before.experiment, source.experiment)):
-        raise ConfigError(
-            f"{run.path} cannot be resumed with other settings:\n"
-            + "\n".join(f"  {line}" for line in changed)
-            + "\nLeave these options out, or start a new run with another --out"
-        )
-    return run, before
+    return source
 
 
-def _differences(before: Experiment, now: Experiment) -> list[str]:
-    old, new = stage.resumable_config(before.train), stage.resumable_config(now.train)
-    lines = [f"train.{k}: the run has {old[k]}, now {new[k]}" for k in old if old[k] != new[k]]
-    if before.splits != now.splits:
-        lines.append(f"splits: the run has {before.splits}, now {now.splits}")
-    return lines
+def _is_explicit(options: TrainOptions) -> bool:
+    """Whether the command line says anything about the experiment."""
+    named = any(v is not None for v in options.train.values())
+    return bool(named or options.overrides or options.labels or options.config)
 
 
 def _new_run(
-    options: TrainOptions, source: Source, store: FeatureStore, *, root: Path, ranks: stage.Ranks
+    options: TrainOptions,
+    workspace: Workspace,
+    store: FeatureStore,
+    schedule: Schedule,
+    *,
+    mode: Mode,
+    ranks: stage.Ranks,
 ) -> RunFolder:
     """A new run's folder, made by the first rank alone."""
-    experiment = source.experiment
     if ranks.world > 1 and options.out is None:
         raise ConfigError("several processes train together: name the run's folder with --out")
-    labels = experiment.splits.labels
-    if not (labels == "all" or labels.endswith("%") or labels.isdecimal()):
-        labels = Path(labels).stem  # a list file
-    stem = f"{experiment.dataset.name}-{labels}-{experiment.train.method}"
-    path = options.out or next_run_path(Path("runs"), stem=stem)
-    config = {
-        **source.as_dict(),
-        "store": {"path": str(options.cache.resolve()), "identity": store.identity},
-        "left_out": list(store.experiment.get("left_out", ())),
-        "root": str(root.resolve()),
-        "teachers": options.teachers,
-        "versions": {"rsmtdf": rsmtdf.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    run = RunFolder.create(path, config=config) if ranks.rank == 0 else None
+    path = options.out or next_run_path(Path("runs"), stem=run_stem(workspace.experiment))
+    record = run_record(workspace, store, schedule, mode=mode)
+    run = RunFolder.create(path, config=record) if ranks.rank == 0 else None
     ranks.sum(0.0, device=choose_device(_rank_device(options.device)))  # the others wait for the folder
     if options.out is None:
         point_latest(path)
     return run or RunFolder.open(path)
 
 
-def _features(
-    options: TrainOptions, experiment: Experiment, store: FeatureStore, device: torch.device
-) -> FeatureSource:
+def _features(mode: Mode, experiment: Experiment, store: FeatureStore, device: torch.device) -> FeatureSource:
     names = [t.name for t in experiment.teachers]
-    if options.teachers == "cached":
+    if mode.teachers == "cached":
         if missing := [n for n in names if n not in store.teachers]:
             raise StoreIncomplete(
-                f"{options.cache} has no features of {', '.join(missing)} "
+                f"{store.path} has no features of {', '.join(missing)} "
                 f"(it has {', '.join(store.teachers) or 'none'}); "
-                f"add them with rsmtdf cache-features --out {options.cache}"
+                f"add them with rsmtdf cache-features --out {store.path}"
             )
         _expect_described(store, experiment)
         return CachedFeatures(store, names, device=device)
@@ -238,7 +213,7 @@ def _features(
     for name, teacher in teachers.items():
         if name in store.teachers:
             store.expect_teacher(teacher.spec, store.teachers[name].codec)
-    roundtrip = partial(_roundtrip, store) if options.through_codec else None
+    roundtrip = partial(_roundtrip, store) if mode.through_codec else None
     return OnlineFeatures(teachers, roundtrip=roundtrip)
 
 
@@ -338,14 +313,19 @@ def _check_before(workspace: Workspace, spec: StudentSpec, val: Sequence[str]) -
 
     Raises:
         ConfigError: a budget that is none, or a student that cannot be built.
-        DatasetError: a validation mask that cannot be read, or holds a value outside the classes.
+        DatasetError: a validation image or mask that cannot be read, or a value outside the classes.
     """
     if (budget := workspace.experiment.train.budget) is not None:
         parse_budget(budget)
     with torch.device("meta"):
         build_student(spec, seed=0)
     dataset = workspace.dataset
-    label_counts(dataset, [workspace.tiles[t] for t in val], classes=len(dataset.spec.classes))
+    tiles = [workspace.tiles[t] for t in val]
+    label_counts(dataset, tiles, classes=len(dataset.spec.classes))
+    with ThreadPoolExecutor(workspace.experiment.train.workers) as pool:
+        # Read once now: stage 1 never looked into these images.
+        for _ in pool.map(dataset.read_image, tiles):
+            pass
 
 
 def _first_screen(workspace: Workspace, counts: LabelCounts, run: RunFolder, val: Sequence[str]) -> str:

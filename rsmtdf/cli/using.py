@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rsmtdf.cli.runs import begun
 from rsmtdf.cli.terminal import Bar, choose_device
-from rsmtdf.cli.training import run_source
 from rsmtdf.cli.workspace import data_root
-from rsmtdf.learning.run import RunFolder
 from rsmtdf.signals import StopFlag
 from rsmtdf.stages import evaluate as evaluation
 from rsmtdf.stages import predict as prediction
@@ -17,8 +16,8 @@ from rsmtdf.stages import predict as prediction
 
 def score_run(run: Path, *, split: str, root: Path | None, device: str, stop: StopFlag) -> dict[str, Any]:
     """The scores of a run's best student on a split of its own data set."""
-    source, record = run_source(RunFolder.open(run))
-    where = data_root(source, root=root, recorded=record["root"])
+    record = begun(run)
+    where = data_root(record.source, root=root, recorded=record.root)
     with Bar("evaluating", unit="tile") as bar:
         return evaluation.evaluate_run(
             run, root=where, device=choose_device(device), split=split, progress=bar.update_to, stop=stop

@@ -81,7 +81,7 @@ def with_labels(source: Source, labels: str | None) -> Source:
 
 
 def data_root(source: Source, *, root: Path | None, recorded: str | None = None) -> Path:
-    """Where the images are: --root, else $RSMTDF_DATA/<name>, else the configuration's, else the store's.
+    """Where the images are: --root, $RSMTDF_DATA/<name>, where a store or run was made from, or the configuration's.
 
     Raises:
         DatasetError: nowhere, or not a folder.
@@ -91,10 +91,10 @@ def data_root(source: Source, *, root: Path | None, recorded: str | None = None)
     candidates: list[tuple[str, Path]] = []
     if base := os.environ.get("RSMTDF_DATA"):
         candidates.append(("$RSMTDF_DATA", Path(base) / name))
+    if recorded:
+        candidates.append(("where it was made from", Path(recorded)))
     if given is not None:
         candidates.append(("root in the configuration", source.base / given))
-    if recorded:
-        candidates.append(("the store", Path(recorded)))
     # What is asked for is taken at its word; of the others, the first that exists.
     candidates = [("--root", root)] if root is not None else sorted(candidates, key=lambda c: not c[1].is_dir())
     if not candidates:
@@ -115,6 +115,7 @@ def open_workspace(
     *,
     root: Path,
     left_out: Collection[str] | None = None,
+    drawn: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Workspace:
     """Scans the data set, splits it, and names the pool and the labelled tiles.
@@ -124,6 +125,8 @@ def open_workspace(
     Args:
         left_out: tiles that stage 1 found unusable, as the store recorded them; None: look into the files, as
             stage 1 does.
+        drawn: the `labelled`, `val` and `test` tiles of a run that has begun, instead of drawing anew; the pool is
+            then every other tile.
         progress: called with (files looked into, files in all).
 
     Raises:
@@ -141,16 +144,10 @@ def open_workspace(
         unreadable = usable.unreadable
         left_out = {t.id for t in tiles} - {t.id for t in usable.kept} | set(usable.left_out)
     kept = {t.id: t for t in tiles if t.id not in left_out}
-    drawn = make_splits(dataset, tiles, experiment.splits, base=source.base)
-    splits = Splits(*(tuple(t for t in part if t in kept) for part in (drawn.train, drawn.val, drawn.test)))
-    labelled = labelled_tiles(
-        dataset,
-        splits.train,
-        experiment.splits.labels,
-        seed=experiment.splits.seed,
-        base=source.base,
-        left_out=left_out,
-    )
+    if drawn is None:
+        splits, labelled = _draw(source, dataset, tiles, kept, left_out)
+    else:
+        splits, labelled = _as_drawn(drawn, kept, root=root)
     pool = set(splits.train)
     if experiment.cache.pool == "unlabelled":
         pool -= set(labelled)
@@ -164,6 +161,35 @@ def open_workspace(
         unreadable=unreadable,
         left_out=tuple(sorted(left_out)),
     )
+
+
+def _draw(
+    source: Source, dataset: Dataset, tiles: Sequence[Tile], kept: Collection[str], left_out: Collection[str]
+) -> tuple[Splits, tuple[str, ...]]:
+    """The splits and the labelled tiles of what lies on disk, without the tiles left out."""
+    spec = source.experiment.splits
+    drawn = make_splits(dataset, tiles, spec, base=source.base)
+    splits = Splits(*(tuple(t for t in part if t in kept) for part in (drawn.train, drawn.val, drawn.test)))
+    labelled = labelled_tiles(dataset, splits.train, spec.labels, seed=spec.seed, base=source.base, left_out=left_out)
+    return splits, tuple(labelled)
+
+
+def _as_drawn(
+    drawn: Mapping[str, Sequence[str]], kept: Collection[str], *, root: Path
+) -> tuple[Splits, tuple[str, ...]]:
+    """The splits and the labelled tiles that a run recorded.
+
+    Raises:
+        DatasetError: some of them are no longer on disk.
+    """
+    held_out = {*drawn["val"], *drawn["test"]}
+    if gone := sorted({*drawn["labelled"], *held_out} - set(kept)):
+        raise DatasetError(
+            f"{len(gone)} tiles that the run was begun with are not below {root} any more (first: "
+            f"{', '.join(gone[:3])}); restore their images, or give the folder that has them with --root"
+        )
+    train = tuple(sorted(set(kept) - held_out))
+    return Splits(train=train, val=tuple(drawn["val"]), test=tuple(drawn["test"])), tuple(drawn["labelled"])
 
 
 def _warn_of_orphans(dataset: Dataset) -> None:

@@ -7,6 +7,7 @@ batch is the same list of rows however it is cut into ranks and accumulations; a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,15 @@ class Schedule:
         self.steps_per_epoch = 2 * len(self._pairs[smallest]) // batch
         self._pass_order = _Memo("labelled-pass", seed, n=len(self._weak))
         self._pair_order: tuple[int, np.ndarray] | None = None
+
+    def digest(self) -> str:
+        """The sha256 of everything that decides the rows of a step: a resumed run must have the same."""
+        found = hashlib.sha256(f"{self._batch} {self._seed} {self._weak.shape}".encode())
+        found.update(self._weak.tobytes())
+        for seed, pairs in self._pairs.items():
+            found.update(f"{seed} {len(pairs)}".encode())
+            found.update(pairs.tobytes())
+        return found.hexdigest()
 
     def strong_seed(self, epoch: int) -> int:
         """The strong seed that `epoch` (from 0) uses: every seed once per cycle, each cycle in a new keyed order."""

@@ -11,7 +11,7 @@ import torch
 
 from rsmtdf.config import parse_experiment
 from rsmtdf.data.dataset import Dataset
-from rsmtdf.data.splits import make_splits, select_tiles
+from rsmtdf.data.splits import Splits, select_tiles
 from rsmtdf.errors import CheckpointError, DatasetError
 from rsmtdf.inference.model import Precision, logits_of
 from rsmtdf.inference.whole import predicted_tiles
@@ -140,16 +140,14 @@ def evaluate_run(
     record = folder.config()
     try:
         experiment = parse_experiment(record["config"], where=str(run / "config.json"))
-        base = Path(record["base"])
+        tiles = record["tiles"]
+        # As drawn when the run began: drawn from today's folder, a tile it trained on could be in test.
+        splits = Splits(train=tuple(tiles["labelled"]), val=tuple(tiles["val"]), test=tuple(tiles["test"]))
     except KeyError as error:
         raise CheckpointError(f"{run / 'config.json'} lacks {error}; it was not written by rsmtdf train") from error
     loaded = load_student(folder.best, device=device)
     dataset = Dataset(experiment.dataset, root)
-    tiles = dataset.tiles()
-    splits = make_splits(dataset, tiles, experiment.splits, base=base)
-    # What stage 1 left out (almost nothing valid) was not in training's validation either.
-    left_out = set(record.get("left_out", ()))
-    chosen = [t for t in select_tiles(dataset, splits, split, base=Path()) if t not in left_out]
+    chosen = select_tiles(dataset, splits, split, base=Path())
     result = evaluate(
         loaded.student,
         dataset,

@@ -125,13 +125,14 @@ def test_a_run_is_evaluated_on_a_split_of_its_own_data_set(
         },
         where="test",
     )
-    run = RunFolder.create(tmp_path / "run", config={"config": experiment.as_dict(), "base": str(tmp_path)})
+    splits = make_splits(dataset, dataset.tiles(), experiment.splits, base=tmp_path)
+    tiles = {"labelled": splits.train, "val": splits.val, "test": splits.test}
+    run = RunFolder.create(tmp_path / "run", config={"config": experiment.as_dict(), "tiles": tiles})
     with pytest.raises(CheckpointError, match="no such file"):
         evaluate_run(run.path, root=scenes.alpha, device=CPU)
     meta = {"dataset": to_dict(scenes.alpha_spec), "crop_px": 60, "run": {"step": 12}}
     save_student(run.best, student, meta=meta)
     found = evaluate_run(run.path, root=scenes.alpha, device=CPU, split="test")
-    splits = make_splits(dataset, dataset.tiles(), experiment.splits, base=tmp_path)
     direct = evaluate(student, dataset, [dataset.tile(i) for i in splits.test], device=CPU)
     assert splits.test
     assert found["confusion"] == direct["confusion"]

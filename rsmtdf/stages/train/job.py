@@ -69,8 +69,12 @@ def build_schedule(
     labelled: Sequence[str],
     pool: Sequence[str],
     ranks: Ranks,
+    n_rows: int | None = None,
 ) -> Schedule:
     """The rows of every step, from the store's columns.
+
+    Args:
+        n_rows: use only the first rows, those the store had when a run that is resumed began; None: all.
 
     Raises:
         StoreIncomplete: stage 1 has not finished, or a labelled tile has no weak views.
@@ -83,16 +87,18 @@ def build_schedule(
             f"{ranks.world} ranks; set train.batch to a multiple of {micro}"
         )
     cached = list(source.specs) if source is not None and not source.needs_pixels else []
+    stop = store.n_rows if n_rows is None else n_rows
     for needed in [[name] for name in cached] or [[]]:
-        if pending := store.pending_views(needed):
+        if pending := int((store.pending_rows(needed) < stop).sum()):
             what = f"features of {needed[0]!r} in {store.path} cover" if needed else f"{store.path} has"
             raise StoreIncomplete(
                 f"{what} {store.n_views - pending:,} of {store.n_views:,} views; finish them with the rsmtdf "
                 f"cache-features command that the store was made by"
             )
     usable = store.usable(cached)
+    usable[stop:] = False
     return Schedule(
-        pairs=strong_pairs(store, pool, usable),
+        pairs={seed: p for seed, p in strong_pairs(store, pool, usable).items() if len(p)},
         weak=weak_rows(store, sorted(labelled), usable),
         batch=train.batch,
         seed=train.seed,
