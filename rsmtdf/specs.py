@@ -84,7 +84,8 @@ class SplitSpec:
     """Which tiles train, validate and test, and which of the training tiles count as labelled.
 
     Lists are files of tile ids, image paths or official two-column lines; what has no list is generated: sorted
-    names, keyed shuffle, cut by `fractions`. Tiles without a mask always belong to the training pool, unlabelled.
+    names, keyed shuffle, cut by `fractions`. Where train is generated, tiles without a mask join it, unlabelled,
+    unless their scene or group is held out.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT

@@ -17,7 +17,15 @@ import rsmtdf
 from rsmtdf.cli.caching import student_grid, teacher_sources
 from rsmtdf.cli.runs import Mode, resumable, run_record, run_stem
 from rsmtdf.cli.terminal import Bar, choose_device
-from rsmtdf.cli.workspace import Source, Workspace, data_root, open_workspace, source_from_record, with_labels
+from rsmtdf.cli.workspace import (
+    Source,
+    Workspace,
+    data_root,
+    held_out_of,
+    open_workspace,
+    source_from_record,
+    with_labels,
+)
 from rsmtdf.config import Experiment, load_experiment, with_train
 from rsmtdf.data.labels import LabelCounts, label_counts
 from rsmtdf.errors import ConfigError, StoreIncomplete, TrainingError
@@ -95,7 +103,13 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.Trai
     device = choose_device(_rank_device(options.device))
     root = data_root(source, root=options.root, recorded=store.data_root)
     left_out = before.left_out if before else store.experiment.get("left_out", ())
-    workspace = open_workspace(source, root=root, left_out=left_out, drawn=before.tiles if before else None)
+    workspace = open_workspace(
+        source,
+        root=root,
+        left_out=left_out,
+        drawn=before.tiles if before else None,
+        held_out=held_out_of(store.experiment, source),
+    )
     counts = _label_counts(workspace)
     needs = METHODS[experiment.train.method].needs_targets
     features = _features(mode, experiment, store, device) if needs else None

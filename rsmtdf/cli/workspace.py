@@ -15,7 +15,7 @@ from rsmtdf.config import Experiment, load_experiment, parse_experiment
 from rsmtdf.data.dataset import Dataset, usable_tiles
 from rsmtdf.data.splits import Splits, labelled_tiles, make_splits
 from rsmtdf.errors import ConfigError, DatasetError
-from rsmtdf.specs import Tile
+from rsmtdf.specs import SplitSpec, Tile, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def open_workspace(
     root: Path,
     left_out: Collection[str] | None = None,
     drawn: Mapping[str, Sequence[str]] | None = None,
+    held_out: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Workspace:
     """Scans the data set, splits it, and names the pool and the labelled tiles.
@@ -127,6 +128,8 @@ def open_workspace(
             stage 1 does.
         drawn: the `labelled`, `val` and `test` tiles of a run that has begun, instead of drawing anew; the pool is
             then every other tile.
+        held_out: the `val` and `test` tiles that the store's first caching drew, which stay held out as the folder
+            grows; see `held_out_record`.
         progress: called with (files looked into, files in all).
 
     Raises:
@@ -145,7 +148,7 @@ def open_workspace(
         left_out = {t.id for t in tiles} - {t.id for t in usable.kept} | set(usable.left_out)
     kept = {t.id: t for t in tiles if t.id not in left_out}
     if drawn is None:
-        splits, labelled = _draw(source, dataset, tiles, kept, left_out)
+        splits, labelled = _draw(source, dataset, tiles, kept, left_out, held_out)
     else:
         splits, labelled = _as_drawn(drawn, kept, root=root)
     pool = set(splits.train)
@@ -163,12 +166,38 @@ def open_workspace(
     )
 
 
+def held_out_record(workspace: Workspace) -> dict[str, Any]:
+    """For a store to keep: the tiles held out, and the rule they were drawn by."""
+    rule = _drawing_rule(workspace.experiment.splits)
+    return {"rule": rule, "val": list(workspace.splits.val), "test": list(workspace.splits.test)}
+
+
+def held_out_of(record: Mapping[str, Any], source: Source) -> dict[str, Sequence[str]] | None:
+    """The tiles that a store's record holds out; None where there are none or the rule is another one now."""
+    kept = record.get("held_out")
+    if kept is None or kept["rule"] != _drawing_rule(source.experiment.splits):
+        return None
+    return {"val": kept["val"], "test": kept["test"]}
+
+
+def _drawing_rule(splits: SplitSpec) -> dict[str, Any]:
+    """What the drawing of val and test depends on, besides the folder."""
+    rule = to_dict(splits)
+    del rule["labels"]
+    return rule
+
+
 def _draw(
-    source: Source, dataset: Dataset, tiles: Sequence[Tile], kept: Collection[str], left_out: Collection[str]
+    source: Source,
+    dataset: Dataset,
+    tiles: Sequence[Tile],
+    kept: Collection[str],
+    left_out: Collection[str],
+    held_out: Mapping[str, Sequence[str]] | None,
 ) -> tuple[Splits, tuple[str, ...]]:
     """The splits and the labelled tiles of what lies on disk, without the tiles left out."""
     spec = source.experiment.splits
-    drawn = make_splits(dataset, tiles, spec, base=source.base)
+    drawn = make_splits(dataset, tiles, spec, base=source.base, held_out=held_out)
     splits = Splits(*(tuple(t for t in part if t in kept) for part in (drawn.train, drawn.val, drawn.test)))
     labelled = labelled_tiles(dataset, splits.train, spec.labels, seed=spec.seed, base=source.base, left_out=left_out)
     return splits, tuple(labelled)

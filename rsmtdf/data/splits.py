@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from rsmtdf.data.layouts import layout_of
 from rsmtdf.data.lists import Entry, read_list, require_masks, tile_ids
 from rsmtdf.data.names import few, near
 from rsmtdf.errors import ConfigError, DatasetError
-from rsmtdf.keyed import Draws
+from rsmtdf.keyed import Draws, key_words
 from rsmtdf.specs import SplitSpec, Tile
 
 if TYPE_CHECKING:
@@ -41,7 +42,14 @@ class Splits:
     test: tuple[str, ...]
 
 
-def make_splits(dataset: Dataset, tiles: Sequence[Tile], spec: SplitSpec, *, base: Path) -> Splits:
+def make_splits(
+    dataset: Dataset,
+    tiles: Sequence[Tile],
+    spec: SplitSpec,
+    *,
+    base: Path,
+    held_out: Mapping[str, Collection[str]] | None = None,
+) -> Splits:
     """The three splits of `tiles`.
 
     A given list is taken as it is: with a train list, the pool is exactly that list. The parts without a list are cut
@@ -52,6 +60,8 @@ def make_splits(dataset: Dataset, tiles: Sequence[Tile], spec: SplitSpec, *, bas
         tiles: The usable tiles. Tiles of a list that are not among them (too few valid pixels) are left out.
         spec: Lists, or how to cut.
         base: The folder that relative list paths start from.
+        held_out: `val` and `test` tiles that were drawn before, from a folder that may have grown since: they stay,
+            with all that belongs to their scenes or groups, and everything else trains. Lists come before it.
 
     Raises:
         DatasetError: a wrong list, lists that overlap, or too few scenes, groups or tiles to cut.
@@ -62,7 +72,12 @@ def make_splits(dataset: Dataset, tiles: Sequence[Tile], spec: SplitSpec, *, bas
     if len(listed) < len(PARTS):
         taken = {tile_id for ids in listed.values() for tile_id in ids}
         rest = [usable[tile_id] for tile_id in sorted(usable) if tile_id not in taken]
-        listed |= _generate(dataset, rest, spec, [part for part in PARTS if part not in listed])
+        parts = [part for part in PARTS if part not in listed]
+        listed |= (
+            _keep(rest, spec, parts, held_out)
+            if held_out and spec.by != "official"
+            else _generate(dataset, rest, spec, parts)
+        )
     splits = Splits(*(tuple(sorted(listed[part])) for part in PARTS))
     if not splits.train:
         raise DatasetError(f"the train split of data set {dataset.spec.name!r} is empty")
@@ -200,11 +215,10 @@ def _generate(dataset: Dataset, rest: list[Tile], spec: SplitSpec, parts: list[s
         return _official(dataset, rest, spec, parts)
     masked = [tile for tile in rest if tile.mask is not None]
     cut: dict[str, list[str]] = {part: [] for part in parts}
-    if "train" in parts:
-        cut["train"] += [tile.id for tile in rest if tile.mask is None]
+    unlabelled = [tile for tile in rest if tile.mask is None]
     weights = _weights(spec, parts)
     if not masked or not weights:
-        return cut
+        return cut | ({"train": [tile.id for tile in unlabelled]} if "train" in parts else {})
     units: dict[str, list[str]] = defaultdict(list)
     for tile in masked:
         units[_unit(tile, spec)].append(tile.id)
@@ -218,8 +232,35 @@ def _generate(dataset: Dataset, rest: list[Tile], spec: SplitSpec, parts: list[s
         )
     names = Draws("split", spec.by, spec.seed).choose(sorted(units), len(units))
     assign = _cut_exact if spec.by == "tile" else _cut_balanced
-    for name, part in zip(names, assign([len(units[n]) for n in names], weights), strict=True):
+    chosen = dict(zip(names, assign([len(units[n]) for n in names], weights), strict=True))
+    for name, part in chosen.items():
         cut[part] += units[name]
+    _add_unlabelled(cut, unlabelled, chosen, spec)
+    return cut
+
+
+def _add_unlabelled(
+    cut: dict[str, list[str]], unlabelled: list[Tile], part_of: Mapping[str, str], spec: SplitSpec
+) -> None:
+    """Unlabelled tiles join the training pool, but for those whose scene or group is held out.
+
+    In the pool they would show the student the very ground it is tested on.
+    """
+    if "train" in cut:
+        cut["train"] += [t.id for t in unlabelled if part_of.get(_unit_if_any(t, spec), "train") == "train"]
+
+
+def _keep(
+    rest: list[Tile], spec: SplitSpec, parts: list[str], held_out: Mapping[str, Collection[str]]
+) -> dict[str, list[str]]:
+    """`parts` as they were drawn before; what is new trains, unless its scene or group is held out."""
+    before = {tile_id: part for part, ids in held_out.items() for tile_id in ids}
+    part_of = {_unit(tile, spec): before[tile.id] for tile in rest if tile.id in before}
+    cut: dict[str, list[str]] = {part: [] for part in parts}
+    for tile in rest:
+        if tile.mask is not None and (part := part_of.get(_unit(tile, spec), "train")) in cut:
+            cut[part].append(tile.id)
+    _add_unlabelled(cut, [tile for tile in rest if tile.mask is None], part_of, spec)
     return cut
 
 
@@ -257,6 +298,13 @@ def _unit(tile: Tile, spec: SplitSpec) -> str:
     if name is None:
         raise DatasetError(f"group {spec.group!r} does not match scene {tile.scene!r}, so it would be in no group")
     return name
+
+
+def _unit_if_any(tile: Tile, spec: SplitSpec) -> str:
+    """`_unit`, or nothing for an unlabelled tile that the group rule does not cover: it trains."""
+    if spec.by == "group" and _group_in(tile.scene, spec.group) is None:
+        return ""
+    return _unit(tile, spec)
 
 
 def _group_in(scene: str, rule: str | None) -> str | None:
@@ -300,7 +348,8 @@ def _label_order(dataset: Dataset, masked: list[str], seed: int) -> dict[str, li
     domains: dict[str, list[str]] = defaultdict(list)
     for tile_id in masked:
         domains[dataset.scene(dataset.tile(tile_id)).domain].append(tile_id)
-    return {d: Draws("labels", d, seed).choose(domains[d], len(domains[d])) for d in sorted(domains)}
+    # By a key of each tile's own, so that one more mask moves no other tile.
+    return {d: sorted(ids, key=partial(key_words, "labels", d, seed)) for d, ids in sorted(domains.items())}
 
 
 def _interleave(orders: dict[str, list[str]]) -> list[str]:

@@ -314,3 +314,45 @@ def test_a_label_list_outside_the_train_split_is_named_by_its_lines(folder, spec
     (tmp_path / "labels.txt").write_text(f"{scene}\n")
     with pytest.raises(DatasetError, match=rf"line 1 \({scene}\); label others"):
         labelled_tiles(data, [t.id for t in data.tiles() if t.scene != scene], "labels.txt", seed=0, base=tmp_path)
+
+
+@given(st.integers(4, 14), st.sampled_from(["scene", "group"]), st.integers(0, 5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_folder_that_grows_moves_no_tile_between_the_parts(spec, tmp_path, scenes, by, seed):
+    how = SplitSpec(by=by, seed=seed, group=r"s(\d+)")
+    before = tiles_of([2] * scenes, masked=lambda s: s % 3 != 1)
+    drawn = make_splits(Names(spec, before), before, how, base=tmp_path)
+    held_out = {"val": drawn.val, "test": drawn.test}
+    # Two more scenes, one of them in front, and every unlabelled scene gets a mask.
+    grown = [Tile(f"s-1/{i}_0", "new.png", None, 0, i * 32, 32, 32) for i in range(2)] + tiles_of([2] * (scenes + 1))
+    after = make_splits(Names(spec, grown), grown, how, base=tmp_path, held_out=held_out)
+    assert (after.val, after.test) == (drawn.val, drawn.test)
+    assert set(drawn.train) <= set(after.train)
+    assert {t.id for t in grown} == set(after.train + after.val + after.test)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_unlabelled_tiles_of_a_held_out_scene_are_in_no_part(spec, tmp_path, again):
+    tiles = tiles_of([2] * 6)
+    how = SplitSpec(by="scene")
+    drawn = make_splits(Names(spec, tiles), tiles, how, base=tmp_path)
+    scene = drawn.test[0].split("/")[0]
+    # A third tile of the same test scene, without a mask: the student must not see that ground either.
+    more = [
+        *tiles,
+        Tile(f"{scene}/2_0", f"{scene}.png", None, 0, 64, 32, 32),
+        Tile("u/0_0", "u.png", None, 0, 0, 32, 32),
+    ]
+    held_out = {"val": drawn.val, "test": drawn.test} if again else None
+    after = make_splits(Names(spec, more), more, how, base=tmp_path, held_out=held_out)
+    assert after.test == drawn.test
+    assert f"{scene}/2_0" not in after.train + after.val + after.test
+    assert "u/0_0" in after.train
+
+
+def test_one_more_mask_moves_at_most_one_labelled_tile(spec, tmp_path):
+    ids = [t.id for t in tiles_of([3] * 20)]
+    before = labelled_tiles(Names(spec, tiles_of([3] * 20)), ids, "20", seed=0, base=tmp_path)
+    grown = tiles_of([3] * 20 + [1])
+    after = labelled_tiles(Names(spec, grown), [t.id for t in grown], "20", seed=0, base=tmp_path)
+    assert len(set(before) - set(after)) <= 1
