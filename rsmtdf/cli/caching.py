@@ -29,6 +29,9 @@ from rsmtdf.vit import build_vit, patch_px
 
 log = logging.getLogger(__name__)
 
+SHOWN = 20
+"""Unreadable tiles that the summary names."""
+
 
 @dataclass(frozen=True)
 class CacheJob:
@@ -173,7 +176,7 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         report = stage.fill_store(
             store, teachers=teachers, maker=maker, batch=batch, workers=workers, stop=stop, progress=bar.advance
         )
-    unreadable = {**job.workspace.unreadable, **report.skipped}
+    unreadable = {**job.workspace.unreadable, **report.unreadable}
     return {
         "store": str(job.out),
         **report.as_dict(),
@@ -193,12 +196,20 @@ def summary_text(result: Mapping[str, Any]) -> str:
             f"cached     {result['views']:,} views in {result['seconds']:.1f} s ({result['views_per_second']:.1f} "
             f"views/s, {gb:.2f} GB); limited by {result['limited_by']}"
         )
+    elif result["unreadable_tiles"]:
+        lines.append("cached     nothing: every view is there, but those of unreadable tiles")
     else:
         lines.append("cached     nothing to do: every view is there")
     if result["left_out_tiles"]:
         lines.append(f"left out   {result['left_out_tiles']:,} tiles with too few valid pixels")
-    for tile, reason in list(result["unreadable_tiles"].items())[:20]:
+    unreadable = result["unreadable_tiles"]
+    if unreadable:
+        tail = f"; {result['partners_lost']:,} views of other tiles lack a partner" if result["partners_lost"] else ""
+        lines.append(f"failed     {len(unreadable):,} tiles cannot be read{tail}; once mended, run this again")
+    for tile, reason in list(unreadable.items())[:SHOWN]:
         lines.append(f"unreadable {tile}: {reason}")
+    if len(unreadable) > SHOWN:
+        lines.append(f"unreadable and {len(unreadable) - SHOWN:,} more (--json lists them all)")
     lines.append(f"next       rsmtdf train --cache {result['store']}")
     return "\n".join(lines)
 

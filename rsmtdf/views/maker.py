@@ -6,8 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rsmtdf.errors import DatasetError
 from rsmtdf.specs import Tile, TileReader, ViewRecipe
 from rsmtdf.views.view import View, paste, render, render_both, render_label
+
+
+class UnreadableTile(DatasetError):
+    """A tile whose pixels cannot be had; `tile` is its id. It may be the CutMix partner of the view asked for."""
+
+    def __init__(self, reason: str, *, tile: str) -> None:
+        super().__init__(reason)
+        self.tile = tile
 
 
 class ViewMaker:
@@ -50,27 +59,59 @@ class ViewMaker:
             return 0, 0, 0, 0
         return int(p["cut_y"]), int(p["cut_x"]), int(p["cut_h"]), int(p["cut_w"])
 
+    def sources(self, row: int) -> tuple[Tile, ...]:
+        """The tiles that the pixels of `row` come from: its own, and its partner's where something is pasted."""
+        return (self.tile(row), self.tile(self.partner(row))) if self.box(row)[2] else (self.tile(row),)
+
     def unmixed(self, row: int) -> View:
         """The view of `row` before any paste."""
         image, valid = self._reader.read_image(self.tile(row))
         return render(image, valid, self._params[row], recipe=self._recipe)
 
     def mixed(self, rows: Sequence[int]) -> list[View]:
-        """The finished views of `rows`, each tile rendered once where partners are both among them."""
-        plain: dict[int, View] = {}
+        """The finished views of `rows`, each tile rendered once where partners are both among them.
 
-        def base(row: int) -> View:
-            if row not in plain:
-                plain[row] = self.unmixed(row)
-            return plain[row]
-
+        Raises:
+            UnreadableTile: of the first view that cannot be made.
+        """
         out = []
-        for row in rows:
-            view = base(row)
-            if self.box(row)[2]:
-                view = paste(view, base(self.partner(row)), self._params[row])
+        for view in self.attempted(rows):
+            if isinstance(view, UnreadableTile):
+                raise view
             out.append(view)
         return out
+
+    def attempted(self, rows: Sequence[int]) -> list[View | UnreadableTile]:
+        """As `mixed`, with the error of the tile that stands in the way in place of each view that cannot be made."""
+        plain: dict[int, View | UnreadableTile] = {}
+
+        def base(row: int) -> View | UnreadableTile:
+            if row not in plain:
+                plain[row] = self._unmixed_or_error(row)
+            return plain[row]
+
+        out: list[View | UnreadableTile] = []
+        for row in rows:
+            view = base(row)
+            if isinstance(view, View) and self.box(row)[2]:
+                other = base(self.partner(row))
+                view = paste(view, other, self._params[row]) if isinstance(other, View) else other
+            out.append(view)
+        return out
+
+    def why_unreadable(self, tile: Tile) -> str | None:
+        """Why the pixels of `tile` cannot be had at this moment; None where they can."""
+        try:
+            self._reader.read_image(tile)
+        except DatasetError as error:
+            return str(error)
+        return None
+
+    def _unmixed_or_error(self, row: int) -> View | UnreadableTile:
+        try:
+            return self.unmixed(row)
+        except DatasetError as error:
+            return UnreadableTile(str(error), tile=self.tile(row).id)
 
     def weak_and_mixed(self, rows: Sequence[int]) -> list[tuple[View, View]]:
         """(geometry alone, finished view) of each row; CutMix partners are all among `rows`."""
