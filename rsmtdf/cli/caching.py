@@ -18,9 +18,9 @@ from rsmtdf.config import Experiment, TeacherConfig
 from rsmtdf.data.splits import summary as split_summary
 from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
 from rsmtdf.signals import StopFlag
-from rsmtdf.specs import Teacher
+from rsmtdf.specs import STREAMS, Teacher
 from rsmtdf.stages import cache as stage
-from rsmtdf.stages.plan import Plan, make_plan, resolve_amounts
+from rsmtdf.stages.plan import Amounts, Plan, make_plan, resolve_amounts
 from rsmtdf.store.codecs import CODECS, bytes_per_view
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.registry import build_teacher, describe, resolve_source
@@ -108,23 +108,37 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
     sizes = {name: bytes_per_view(codec, f.tokens, f.dim) for name, f in facts.items()}
     store = _existing(out, experiment)
     free = shutil.disk_usage(_existing_parent(out)).free
-    used = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if store else 0
-    pool, labelled = len(workspace.pool), len(workspace.labelled)
+    pool, labelled = workspace.pool, workspace.labelled
+    have = stage.covered(store)
+
+    def additions(a: Amounts) -> list[stage.Addition]:
+        return stage.plan_growth(
+            have, pool=pool, labelled=labelled, strong_seeds=a.strong_seeds, weak_views=a.weak_views, plain=a.plain
+        )
+
+    pending = {name: _pending(store, [name]) for name in sources}
+    stored = store.n_views if store else 0
     amounts = resolve_amounts(
         cache=experiment.cache,
         train=experiment.train,
-        pool=pool,
-        labelled=labelled,
+        pool=len(pool),
+        labelled=len(labelled),
         bytes_per_view=sizes,
         free_bytes=free,
-        used_bytes=used,
+        done_bytes=sum((stored - n) * sizes[name] for name, n in pending.items()),
+        missing=lambda a: sum(new.views for new in additions(a)),
     )
+    added = additions(amounts)
+    growth = sum(new.views for new in added)
     plan = make_plan(
         amounts=amounts,
-        pool=pool,
-        labelled=labelled,
-        done_views=_views_done(store, list(sources)) if store else 0,
+        pool=len(pool),
+        labelled=len(labelled),
+        views=_views_by_stream(store, added),
+        new_views=_pending(store, list(sources)) + growth,
+        new_features={name: n + growth for name, n in pending.items()},
         bytes_per_view=sizes,
+        stored_bytes=sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if store else 0,
         shard_views=store.shard_views if store else SHARD_VIEWS,
         free_bytes=free,
         seconds_per_view=seconds_per_view,
@@ -147,7 +161,7 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     teachers: dict[str, Teacher] = {
         name: build_teacher(s, student_grid=grid, device=torch_device) for name, s in job.sources.items()
     }
-    say(f"teachers   {', '.join(teachers)} on {torch_device}, {_pace(teachers, experiment, job.plan.new_views)}")
+    say(f"teachers   {', '.join(teachers)} on {torch_device}, {_pace(teachers, experiment, job.plan.new_features)}")
     if job.store is not None:  # a teacher that is another one must not change the store's record
         for name in sorted(set(teachers) & set(job.store.teachers)):
             job.store.expect_teacher(teachers[name].spec, experiment.cache.codec)
@@ -251,10 +265,21 @@ def _existing(out: Path, experiment: Experiment) -> FeatureStore | None:
     return store
 
 
-def _views_done(store: FeatureStore, teachers: Sequence[str]) -> int:
-    if any(t not in store.teachers for t in teachers):
+def _pending(store: FeatureStore | None, teachers: Sequence[str]) -> int:
+    """The views of `store` that one of `teachers` lacks."""
+    if store is None:
         return 0
-    return store.n_views - store.pending_views(teachers)
+    return store.n_views if any(t not in store.teachers for t in teachers) else store.pending_views(teachers)
+
+
+def _views_by_stream(store: FeatureStore | None, added: Sequence[stage.Addition]) -> dict[str, int]:
+    """Stream -> views that the store has once it has grown."""
+    views: dict[str, int] = dict.fromkeys(reversed(STREAMS), 0)
+    for segment in store.segments if store else ():
+        views[segment.stream] += segment.rows
+    for new in added:
+        views[new.stream] += new.views
+    return views
 
 
 def _known_codec(name: str) -> str:
@@ -270,17 +295,20 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _pace(teachers: Mapping[str, Teacher], experiment: Experiment, views: int) -> str:
-    """A first estimate of the time, from one small batch after a warm-up."""
-    if not views:
+def _pace(teachers: Mapping[str, Teacher], experiment: Experiment, views: Mapping[str, int]) -> str:
+    """A first estimate of the time, from one small batch of each teacher that has views to see, after a warm-up."""
+    if not any(views.values()):
         return "nothing to compute"
     side = experiment.views.crop_px
-    seconds = 0.0
-    for teacher in teachers.values():
+    seconds = total = 0.0
+    for name, teacher in teachers.items():
+        if not views[name]:
+            continue
         pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8, device=getattr(teacher, "device", "cpu"))
         teacher(pixels).sum().item()
         begun = time.perf_counter()
         teacher(pixels).sum().item()
-        seconds += (time.perf_counter() - begun) / 2
-    total = views * seconds
+        per_view = (time.perf_counter() - begun) / 2
+        seconds += per_view
+        total += per_view * views[name]
     return f"about {seconds * 1000:.0f} ms a view: {total / 60:.0f} min" if total > 90 else f"about {total:.0f} s"

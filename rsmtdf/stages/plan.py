@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,14 +29,17 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stage 1 in numbers; `new_*` is what this store still lacks."""
+    """Stage 1 in numbers; `new_*` is what will be computed."""
 
     pool_tiles: int
     labelled_tiles: int
     amounts: Amounts
     views: dict[str, int]
-    """Stream -> views the finished store holds."""
+    """Stream -> views the finished store holds, of other label sets too."""
     new_views: int
+    """Views to make: those that one of the teachers lacks."""
+    new_features: dict[str, int]
+    """Teacher -> views whose features it lacks."""
     bytes_per_view: dict[str, int]
     store_bytes: int
     new_bytes: int
@@ -79,36 +82,45 @@ def resolve_amounts(
     labelled: int,
     bytes_per_view: Mapping[str, int],
     free_bytes: int,
-    used_bytes: int = 0,
+    done_bytes: int = 0,
+    missing: Callable[[Amounts], int] | None = None,
 ) -> Amounts:
     """The numbers of strong seeds and weak views: as asked, or fitted to the space (design, section 3).
 
     Args:
         bytes_per_view: of each teacher in the chosen codec.
-        used_bytes: what the store already occupies; it counts as available, since those views are not made again.
+        done_bytes: features of these teachers that the store has; the space they take counts as available, since they
+            are not made again.
+        missing: how many views the store would have to grow by; None: there is no store. What it holds already, or was
+            made to hold, fits.
 
     Raises:
         ConfigError: `seeds: auto` and fewer than three fit; the message prices the ways out.
     """
     size = sum(bytes_per_view.values())
-    budget = cache.max_gb * GB if cache.max_gb is not None else (free_bytes + used_bytes) / 2
+    budget = cache.max_gb * GB if cache.max_gb is not None else (free_bytes + done_bytes) / 2
     steps = train.steps if train.epochs is None else None
+
+    def asked(a: Amounts) -> int:
+        return a.strong_seeds * pool + a.weak_views * labelled + (pool if a.plain else 0)
+
+    new = missing or asked
     if cache.weak_views == "auto":
         weak = min(max(WEAK_TOTAL // max(labelled, 1), WEAK_RANGE[0]), WEAK_RANGE[1])
         if steps:
             # A run can show each labelled tile no more views than it has turns for.
             weak = min(weak, max(math.ceil(steps * train.batch / max(labelled, 1)), 1))
-        while weak > WEAK_RANGE[0] and weak * labelled * size > budget / 2:
+        while weak > WEAK_RANGE[0] and weak * labelled * size > budget / 2 and new(Amounts(0, weak, False)):
             weak = max(weak // 2, WEAK_RANGE[0])
     else:
         weak = cache.weak_views
     if cache.seeds != "auto":
         return Amounts(cache.seeds, weak, cache.plain)
-    room = budget - weak * labelled * size - (pool * size if cache.plain else 0)
-    seeds = min(int(room // max(pool * size, 1)), MAX_AUTO_SEEDS)
-    if seeds < MIN_AUTO_SEEDS:
+    options = [Amounts(n, weak, cache.plain) for n in range(MAX_AUTO_SEEDS, 0, -1)]
+    best = next((a for a in options if asked(a) * size <= budget or not new(a)), None)
+    if best is None or (best.strong_seeds < MIN_AUTO_SEEDS and new(best)):
         raise ConfigError(_no_room(cache, pool, labelled, weak, size, budget))
-    return Amounts(seeds, weak, cache.plain)
+    return best
 
 
 def make_plan(
@@ -116,37 +128,35 @@ def make_plan(
     amounts: Amounts,
     pool: int,
     labelled: int,
-    done_views: int,
+    views: Mapping[str, int],
+    new_views: int,
+    new_features: Mapping[str, int],
     bytes_per_view: Mapping[str, int],
+    stored_bytes: int,
     shard_views: int,
     free_bytes: int,
     seconds_per_view: float | None = None,
 ) -> Plan:
-    """The plan for a store of `amounts` of which `done_views` exist for every teacher."""
-    views = {
-        "strong": amounts.strong_seeds * pool,
-        "weak": amounts.weak_views * labelled,
-        "plain": pool if amounts.plain else 0,
-    }
-    total = sum(views.values())
-    new = max(total - done_views, 0)
-    size = sum(bytes_per_view.values())
-    shards = math.ceil(new / shard_views) if new else 0
+    """The plan to bring a store of `stored_bytes` to `views`; see `Plan` for the terms."""
+    new_bytes = sum(n * bytes_per_view[name] for name, n in new_features.items())
+    shards = {name: math.ceil(n / shard_views) for name, n in new_features.items()}
+    asked = amounts.strong_seeds * pool + amounts.weak_views * labelled + (pool if amounts.plain else 0)
     return Plan(
         pool_tiles=pool,
         labelled_tiles=labelled,
         amounts=amounts,
-        views=views,
-        new_views=new,
+        views=dict(views),
+        new_views=new_views,
+        new_features=dict(new_features),
         bytes_per_view=dict(bytes_per_view),
-        store_bytes=total * size,
-        new_bytes=new * size,
+        store_bytes=stored_bytes + new_bytes,
+        new_bytes=new_bytes,
         # Per shard: data, status and provenance of each teacher, and the views' own status.
-        new_files=shards * (3 * len(bytes_per_view) + 1),
+        new_files=3 * sum(shards.values()) + math.ceil(new_views / shard_views),
         free_bytes=free_bytes,
         seconds_per_view=seconds_per_view,
         # An online epoch sends the strong view and a labelled one through the teachers for each tile of the pool.
-        epochs_to_break_even=total / (2 * pool) if pool else 0.0,
+        epochs_to_break_even=asked / (2 * pool) if pool else 0.0,
     )
 
 

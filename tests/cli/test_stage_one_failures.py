@@ -1,4 +1,4 @@
-"""Stage 1 over images that do not decode: who is to blame, what is tried again, and what a repair costs."""
+"""Stage 1 where things are not smooth: broken images and their repair, plans for stores that hold other things."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rsmtdf.cli.caching import summary_text
+from rsmtdf.cli.caching import plan_cache, summary_text
+from rsmtdf.cli.workspace import data_root
+from rsmtdf.errors import ConfigError
+from rsmtdf.stages.plan import Plan
 from rsmtdf.store.reader import CachedFeatures
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
-
-SEEDS = 2
 
 
 @pytest.fixture
@@ -139,3 +140,74 @@ def test_a_teacher_that_comes_later_meets_the_same_gap(fresh: Any) -> None:
     info = FeatureStore.open(fresh.store).info()
     assert info["views_skipped"] == 0
     assert [info["teachers"][name]["skipped"] for name in ("dense", "coarse")] == [0, 0]
+
+
+# The plan against what is computed
+
+
+VIT = "{patch_size: 14, embed_dim: 24, depth: 4, num_heads: 2}"
+THIRD = f"teachers=[{{name: third, library: timm, model: vit_tiny_patch16_224, weights: random, overrides: {VIT}}}]"
+
+
+def planned(tiny: Any, *overrides: str, labels: str | None = None) -> Plan:
+    source = tiny.source(*overrides, labels=labels)
+    return plan_cache(source, root=data_root(source, root=None), out=tiny.store).plan
+
+
+def payload(plan: Plan) -> dict[str, int]:
+    return {name: n * plan.bytes_per_view[name] for name, n in plan.new_features.items()}
+
+
+def test_the_plan_of_another_label_set_counts_its_views(tiny: Any) -> None:
+    pool, labelled = _lists(tiny)
+    (tiny.folder / "other.txt").write_text("\n".join([t for t in pool if t not in labelled][: len(labelled)]))
+    other = str(tiny.folder / "other.txt")
+    plan = planned(tiny, labels=other)
+    assert plan.new_views == 5 * len(labelled), "as many tiles as the store's, but others"
+    assert plan.new_features == {"dense": plan.new_views, "coarse": plan.new_views}
+    assert plan.views == {"strong": 40, "weak": 2 * 5 * len(labelled), "plain": 0, "strong2": 0}
+    assert tiny.cache(labels=other)["views"] == plan.new_views
+    assert planned(tiny, labels=other).new_views == planned(tiny).new_views == 0
+
+
+def test_the_plan_of_a_third_teacher_counts_all_that_the_store_holds(tiny: Any) -> None:
+    tiny.cache("cache.seeds=4")
+    plan = planned(tiny, THIRD)
+    held = FeatureStore.open(tiny.store).n_views
+    assert plan.new_features == {"third": held}, "also of the seeds that this experiment does not ask for"
+    assert plan.new_bytes == held * plan.bytes_per_view["third"]
+    assert tiny.cache(THIRD)["views"] == plan.new_views == held
+
+
+def test_a_plan_for_an_old_and_a_new_teacher_prices_each(tiny: Any) -> None:
+    two = tiny.source().experiment.as_dict()["teachers"]
+    both = f"teachers=[{two[0]}, {THIRD[len('teachers=[') : -1]}]".replace("None", "null").replace("True", "true")
+    plan = planned(tiny, both)
+    assert plan.new_features == {"dense": 0, "third": FeatureStore.open(tiny.store).n_views}
+    assert plan.new_bytes == payload(plan)["third"]
+
+
+def test_the_plan_of_an_interrupted_store_is_what_is_left(tiny: Any) -> None:
+    store = FeatureStore.open(tiny.store, writable=True)
+    store.withdraw(0, "coarse")
+    plan = planned(tiny)
+    left = len(store.rows_of_shard(0))
+    assert (plan.new_views, plan.new_features) == (left, {"dense": 0, "coarse": left})
+    assert tiny.cache()["views"] == left
+
+
+def test_a_complete_store_costs_nothing_on_a_full_disk(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tiny.folder))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 0))
+    for seeds in ("auto", "2"):
+        plan = planned(tiny, f"cache.seeds={seeds}")
+        assert (plan.amounts.strong_seeds, plan.new_views, plan.new_bytes, plan.new_files) == (2, 0, 0, 0)
+        assert tiny.cache(f"cache.seeds={seeds}")["views"] == 0
+    with pytest.raises(ConfigError, match=r"would need 0.00 GB, but only 0.00 GB are free"):
+        planned(tiny, "cache.seeds=3")
+
+
+def _lists(tiny: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    source = tiny.source()
+    workspace = plan_cache(source, root=data_root(source, root=None), out=tiny.store).workspace
+    return workspace.pool, workspace.labelled

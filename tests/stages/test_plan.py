@@ -53,19 +53,46 @@ def test_asked_numbers_are_taken_as_they_are() -> None:
     assert amounts(CacheConfig(seeds=1, weak_views=7, plain=True, max_gb=0.001)) == Amounts(1, 7, True)
 
 
-def test_the_plan_adds_up_and_counts_only_what_is_missing() -> None:
+def test_auto_keeps_what_the_store_was_made_for_however_full_the_disk() -> None:
+    def auto(held: int, *, free: int) -> Amounts:
+        def missing(a: Amounts) -> int:
+            return max(a.strong_seeds - held, 0) * 1000 + max(a.weak_views - 64, 0) * 20
+
+        return resolve_amounts(
+            cache=CacheConfig(),
+            train=TrainConfig(),
+            pool=1000,
+            labelled=20,
+            bytes_per_view=SIZES,
+            free_bytes=free,
+            done_bytes=0,
+            missing=missing,
+        )
+
+    assert auto(5, free=0) == Amounts(5, 64, False)
+    assert auto(2, free=0).strong_seeds == 2, "fewer than auto would begin with, but they are there"
+    assert auto(2, free=10**12).strong_seeds == 10
+    with pytest.raises(ConfigError, match="fewer than 3 strong seeds"):
+        auto(0, free=0)
+
+
+def test_the_plan_adds_up() -> None:
     plan = make_plan(
         amounts=Amounts(4, 10, True),
         pool=100,
         labelled=20,
-        done_views=300,
+        views={"strong": 400, "weak": 250, "plain": 100},
+        new_views=400,
+        new_features={"dense": 130, "coarse": 400},
         bytes_per_view=SIZES,
+        stored_bytes=10**9,
         shard_views=64,
         free_bytes=10**12,
         seconds_per_view=0.5,
     )
-    assert plan.views == {"strong": 400, "weak": 200, "plain": 100}
-    assert (plan.new_views, plan.store_bytes, plan.new_bytes) == (400, 700 * VIEW, 400 * VIEW)
+    assert plan.new_bytes == 130 * 2_000_000 + 400 * 500_000
+    assert plan.store_bytes == 10**9 + plan.new_bytes
+    assert plan.new_files == 3 * (3 + 7) + 7
     assert plan.hours == pytest.approx(400 * 0.5 / 3600)
     assert plan.epochs_to_break_even == 3.5, "an online epoch of 100 tiles is 200 teacher views"
-    assert "700; 400 to compute" in plan.text()
+    assert "400 strong + 250 weak + 100 plain = 750; 400 to compute" in plan.text()

@@ -2,18 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rsmtdf.errors import DatasetError
-from rsmtdf.specs import Stream, Tile, TileReader, ViewRecipe
+from rsmtdf.specs import STREAMS, Stream, Tile, TileReader
 from rsmtdf.store.queries import coverage, next_generation
 from rsmtdf.store.segments import NewSegment
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.maker import ViewMaker
 from rsmtdf.views.matching import match_pool
 from rsmtdf.views.params import PARAM_DTYPE, draw_table
+
+Coverage = Mapping[Stream, Mapping[str, Collection[int]]]
+"""Stream -> tile id -> the seeds of its views, computed or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Views that a store lacks: the same seeds of some tiles."""
+
+    stream: Stream
+    seeds: range
+    tiles: tuple[str, ...]
+    """Sorted by id."""
+
+    @property
+    def views(self) -> int:
+        return len(self.seeds) * len(self.tiles)
+
+
+def covered(store: FeatureStore | None) -> Coverage:
+    """What `store` holds or shall hold; nothing where there is none yet."""
+    return {} if store is None else {stream: coverage(store, stream) for stream in STREAMS}
+
+
+def plan_growth(
+    have: Coverage, *, pool: Sequence[str], labelled: Sequence[str], strong_seeds: int, weak_views: int, plain: bool
+) -> list[Addition]:
+    """What a store that covers `have` lacks.
+
+    Strong: `strong_seeds` of every tile of the pool. Weak: `weak_views` of every labelled tile. Plain: one view of
+    each tile of both.
+    """
+    new: list[Addition] = []
+    strong = have.get("strong", {})
+    for seed in range(strong_seeds):
+        if missing := sorted(t for t in pool if seed not in strong.get(t, ())):
+            new.append(Addition(stream="strong", seeds=range(seed, seed + 1), tiles=tuple(missing)))
+    wanted: list[tuple[Stream, Sequence[str], int]] = [("weak", labelled, weak_views)]
+    if plain:
+        wanted.append(("plain", sorted({*pool, *labelled}), 1))
+    for stream, tiles, views in wanted:
+        counts = {t: len(have.get(stream, {}).get(t, ())) for t in tiles}
+        for have_views in sorted(set(counts.values())):
+            if have_views < views:
+                group = sorted(t for t in tiles if counts[t] == have_views)
+                new.append(Addition(stream=stream, seeds=range(have_views, views), tiles=tuple(group)))
+    return new
 
 
 def grow_store(
@@ -25,31 +73,16 @@ def grow_store(
     weak_views: int,
     plain: bool,
 ) -> int:
-    """Adds the views that `store` lacks (not their features) and returns how many.
+    """Adds the views that `store` lacks (not their features) and returns how many; see `plan_growth`.
 
-    Strong: `strong_seeds` of every tile of the pool; tiles new to a seed form a new generation, matched within
-    itself. Weak: `weak_views` of every labelled tile. Nothing that exists is touched.
+    Tiles of the pool new to a seed form a new generation, matched within itself. Nothing that exists is touched.
     """
-    recipe, tile_px = store.recipe, store.dataset.tile_px
-    new: list[NewSegment] = []
-    have = coverage(store, "strong")
-    for seed in range(strong_seeds):
-        if missing := sorted(t for t in pool if seed not in have.get(t, ())):
-            new.append(_strong_segment(store, recipe, missing, seed=seed, tile_px=tile_px))
-    wanted: list[tuple[Stream, Sequence[str], int]] = [("weak", labelled, weak_views)]
-    if plain:
-        wanted.append(("plain", sorted({*pool, *labelled}), 1))
-    for stream, tiles, views in wanted:
-        have = coverage(store, stream)
-        counts = {t: len(have.get(t, ())) for t in tiles}
-        for have_views in sorted(set(counts.values())):
-            if have_views < views:
-                group = sorted(t for t in tiles if counts[t] == have_views)
-                seeds = range(have_views, views)
-                new.append(_plain_segment(store, recipe, group, stream=stream, seeds=seeds, tile_px=tile_px))
-    if new:
-        store.extend(new)
-    return sum(len(segment.partner) for segment in new)
+    additions = plan_growth(
+        covered(store), pool=pool, labelled=labelled, strong_seeds=strong_seeds, weak_views=weak_views, plain=plain
+    )
+    if additions:
+        store.extend([_new_segment(store, a) for a in additions])
+    return sum(a.views for a in additions)
 
 
 def view_maker(store: FeatureStore, *, reader: TileReader, tiles: Mapping[str, Tile]) -> ViewMaker:
@@ -82,13 +115,18 @@ def stored_params(store: FeatureStore) -> np.ndarray:
     return params
 
 
-def _strong_segment(
-    store: FeatureStore, recipe: ViewRecipe, tiles: Sequence[str], *, seed: int, tile_px: int
-) -> NewSegment:
+def _new_segment(store: FeatureStore, addition: Addition) -> NewSegment:
+    if addition.stream == "strong":
+        return _strong_segment(store, addition)
+    return _plain_segment(store, addition)
+
+
+def _strong_segment(store: FeatureStore, addition: Addition) -> NewSegment:
+    recipe, (seed,), tiles = store.recipe, addition.seeds, addition.tiles
     generation = next_generation(store, "strong", seed)
     order, partner = match_pool(recipe, tile_ids=tiles, stream="strong", seed=seed, generation=generation)
     ordered = [tiles[i] for i in order]
-    table = draw_table(recipe, tile_ids=ordered, tile_px=tile_px, stream="strong", seed=seed)
+    table = draw_table(recipe, tile_ids=ordered, tile_px=store.dataset.tile_px, stream="strong", seed=seed)
     return NewSegment(
         stream="strong",
         seed_start=seed,
@@ -100,18 +138,17 @@ def _strong_segment(
     )
 
 
-def _plain_segment(
-    store: FeatureStore, recipe: ViewRecipe, tiles: Sequence[str], *, stream: Stream, seeds: range, tile_px: int
-) -> NewSegment:
+def _plain_segment(store: FeatureStore, addition: Addition) -> NewSegment:
     """Views without partners, seed after seed."""
-    tables = [draw_table(recipe, tile_ids=tiles, tile_px=tile_px, stream=stream, seed=s) for s in seeds]
+    stream, seeds, tiles, tile_px = addition.stream, addition.seeds, addition.tiles, store.dataset.tile_px
+    tables = [draw_table(store.recipe, tile_ids=tiles, tile_px=tile_px, stream=stream, seed=s) for s in seeds]
     table = np.concatenate(tables)
     return NewSegment(
         stream=stream,
         seed_start=seeds.start,
         seeds=len(seeds),
         generation=next_generation(store, stream, seeds.start),
-        tile_ids=tuple(tiles),
+        tile_ids=tiles,
         columns={name: table[name] for name in PARAM_DTYPE.names or ()},
         partner=np.arange(len(table), dtype=np.int64),
     )
