@@ -172,8 +172,6 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         data_root=str(job.workspace.dataset.root.resolve()),
         experiment=_record(job),
     )
-    # What a later `train --cache` starts from: the newest labels, classes and lists, none of them in the identity.
-    store.amend(dataset=experiment.dataset, experiment=_record(job))
     amounts = job.plan.amounts
     stage.grow_store(
         store,
@@ -186,6 +184,7 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     maker = stage.view_maker(store, reader=job.workspace.dataset, tiles=_all_tiles(job.workspace))
     batch, workers = experiment.cache.batch, experiment.cache.workers
     stage.add_teachers(store, teachers=teachers, maker=maker, codec=experiment.cache.codec, batch=batch, stop=stop)
+    _keep_record(store, job)
     with Bar("caching views", unit="view", total=store.pending_views(list(teachers))) as bar:
         report = stage.fill_store(
             store, teachers=teachers, maker=maker, batch=batch, workers=workers, stop=stop, progress=bar.advance
@@ -242,13 +241,25 @@ def _require_one_readable(workspace: Workspace) -> None:
 
 
 def _record(job: CacheJob) -> dict[str, Any]:
-    """The experiment for the store to keep: this one, with the teachers that were cached under other settings too."""
-    record = job.workspace.source.as_dict()
-    if job.store is not None:
-        new = {t["name"] for t in record["config"]["teachers"]}
-        before = job.store.experiment["config"]["teachers"]
-        record["config"]["teachers"] = [t for t in before if t["name"] not in new] + record["config"]["teachers"]
-    return {**record, "left_out": list(job.workspace.left_out)}
+    """The experiment for the store to keep."""
+    return {**job.workspace.source.as_dict(), "left_out": list(job.workspace.left_out)}
+
+
+def _keep_record(store: FeatureStore, job: CacheJob) -> None:
+    """Writes down what a later `train --cache` starts from: the newest labels, classes, lists and place of the images,
+    none of them in the identity, and the teachers that the store has, those cached under other settings too.
+    """
+    with store.locked():
+        store.refresh()  # another process may have added a teacher since
+        record = _record(job)
+        mine = {t["name"]: t for t in record["config"]["teachers"]}
+        before = [t for t in store.experiment["config"]["teachers"] if t["name"] not in mine]
+        record["config"]["teachers"] = [t for t in [*before, *mine.values()] if t["name"] in store.teachers]
+        store.amend(
+            dataset=job.workspace.experiment.dataset,
+            data_root=str(job.workspace.dataset.root.resolve()),
+            experiment=record,
+        )
 
 
 def _all_tiles(workspace: Workspace) -> dict[str, Any]:

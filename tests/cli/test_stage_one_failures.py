@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rsmtdf.cli.caching import plan_cache, summary_text
+from rsmtdf.cli.caching import plan_cache, run_cache, summary_text
 from rsmtdf.cli.workspace import data_root
-from rsmtdf.errors import ConfigError
+from rsmtdf.errors import ConfigError, DatasetError
+from rsmtdf.signals import StopFlag
+from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Plan
 from rsmtdf.store.reader import CachedFeatures
 from rsmtdf.store.status import DONE, SKIPPED, state_of
@@ -205,6 +207,44 @@ def test_a_complete_store_costs_nothing_on_a_full_disk(tiny: Any, monkeypatch: p
         assert tiny.cache(f"cache.seeds={seeds}")["views"] == 0
     with pytest.raises(ConfigError, match=r"would need 0.00 GB, but only 0.00 GB are free"):
         planned(tiny, "cache.seeds=3")
+
+
+# What the store records
+
+
+def recorded(tiny: Any) -> list[str]:
+    return [t["name"] for t in FeatureStore.open(tiny.store).experiment["config"]["teachers"]]
+
+
+def test_a_teacher_that_was_added_meanwhile_stays_in_the_record(tiny: Any) -> None:
+    source = tiny.source("cache.seeds=2")
+    job = plan_cache(source, root=data_root(source, root=None), out=tiny.store)
+    tiny.cache(THIRD)
+    run_cache(job, device="cpu", stop=StopFlag(), say=lambda line: None)
+    assert sorted(recorded(tiny)) == ["coarse", "dense", "third"]
+
+
+def test_a_teacher_that_could_not_be_added_is_not_recorded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise DatasetError("none can be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "add_teachers", refused)
+        with pytest.raises(DatasetError):
+            tiny.cache(THIRD, labels="8")
+    assert recorded(tiny) == ["dense", "coarse"]
+    tiny.cache()
+    assert recorded(tiny) == ["dense", "coarse"]
+
+
+def test_caching_again_from_another_folder_records_it(tiny: Any) -> None:
+    moved = tiny.folder / "moved"
+    (tiny.folder / "data").rename(moved)
+    (tiny.folder / "data").mkdir()
+    shutil.copytree(moved / "lists", tiny.folder / "data" / "lists")
+    job = plan_cache(tiny.source(), root=moved, out=tiny.store)
+    assert run_cache(job, device="cpu", stop=StopFlag(), say=lambda line: None)["views"] == 0
+    assert Path(FeatureStore.open(tiny.store).data_root) == moved.resolve()
 
 
 def _lists(tiny: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
