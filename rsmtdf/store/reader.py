@@ -94,7 +94,7 @@ class CachedFeatures:
             if done < len(rows):
                 raise StoreIncomplete(
                     f"features for {name!r} in {self._store.path} cover {done} of {len(rows)} views; finish them "
-                    f"with: rsmtdf cache-features --dataset {self._store.dataset.name} --out {self._store.path}"
+                    "with the rsmtdf cache-features command that the store was made by"
                 )
 
     def fetch(self, rows: np.ndarray, pixels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -173,8 +173,7 @@ class _TeacherReader:
         if not self._done[row]:
             raise StoreIncomplete(
                 f"features for {self.teacher.name!r} in {self._store.path} lack view {self._store.describe(row)}; "
-                f"finish them with: rsmtdf cache-features --dataset {self._store.dataset.name} "
-                f"--out {self._store.path}"
+                "finish them with the rsmtdf cache-features command that the store was made by"
             )
         total = 0
         for k, array in enumerate(self.teacher.arrays):
@@ -204,7 +203,7 @@ class _TeacherReader:
     def _read_zarr(self, array: EncodedArray, row: int, out: np.ndarray) -> None:
         try:
             out[...] = self._slow[array.name][row]
-        except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError, MemoryError) as error:
             raise self._corrupt(row, self.teacher.path / array.name, f"zarr-python cannot read it ({error})") from error
 
     def _corrupt(self, row: int, file: Path, what: str) -> StoreCorrupt:
@@ -236,7 +235,7 @@ def _open_zarr(store: FeatureStore, teacher: StoredTeacher, array: EncodedArray,
 def _bad_array(store: FeatureStore, teacher: StoredTeacher, node: Path, what: str) -> StoreCorrupt:
     return StoreCorrupt(
         f"feature store {store.path}, teacher {teacher.name!r}, file {node / METADATA}: the metadata do not describe "
-        f"its features ({what}). Restore the file from a copy, or: rsmtdf cache repair {store.path}"
+        f"its features ({what}). Restore the file from a copy, or write the store anew with: rsmtdf cache-features"
     )
 
 

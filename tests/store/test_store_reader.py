@@ -71,7 +71,8 @@ def test_unfinished_features_are_counted(kit, path):
     kit.write(store, 0)
     kit.write(store, 1, skipped=(5,))
     rows = kit.rows(store)
-    message = f"features for 't' in {path} cover 7 of 15 views; finish them with: rsmtdf cache-features --dataset toy"
+    message = f"features for 't' in {path} cover 7 of 15 views; finish them with the "
+    message += "rsmtdf cache-features command that the store was made by"
     with pytest.raises(StoreIncomplete, match=message):
         CachedFeatures(store, ["t"], device="cpu", rows=rows)
     with CachedFeatures(store, ["t"], device="cpu", rows=rows[:5]) as source:
