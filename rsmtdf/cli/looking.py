@@ -17,13 +17,18 @@ from rsmtdf.data.dataset import Dataset
 from rsmtdf.data.discover import Proposal, propose
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.files import write_whole
+from rsmtdf.signals import StopFlag
 from rsmtdf.specs import DatasetSpec, SplitSpec, to_dict
+from rsmtdf.store.repair import repair
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.teachers.presets import PRESETS
 from rsmtdf.teachers.registry import bytes_per_view, describe, fetch
 
 PAPER_GRID = (37, 37)
 """The student's patches in a 518 px view: what dense teachers match in the paper."""
+
+VIEWS_SHOWN = 20
+"""Damaged views of a teacher that a repair prints."""
 
 
 def init_folder(folder: Path, *, overwrite: bool) -> str:
@@ -86,6 +91,30 @@ def store_info(path: Path) -> tuple[dict[str, Any], str]:
             + (f"; {len(massive)} massive channels" if massive else "")
         )
     return info, "\n".join(lines)
+
+
+def repair_store(path: Path, *, stop: StopFlag) -> tuple[dict[str, Any], str]:
+    """Checks a store and withdraws what is damaged; what was found, as data and as text."""
+    with Bar("checking", unit="view") as bar:
+        report = repair(path, stop=stop, progress=bar.update_to)
+    lines = [f"store      {report.store}"]
+    for name, teacher in report.teachers.items():
+        damaged = f"{len(teacher.damaged):,} damaged" if teacher.damaged else "none damaged"
+        shards = f"; {len(teacher.withdrawn):,} shard(s) withdrawn" if teacher.withdrawn else ""
+        lines.append(f"teacher    {name}: {teacher.checked:,} views checked, {damaged}{shards}")
+        lines += [f"  view {view}: {why}" for view, why in list(teacher.damaged.items())[:VIEWS_SHOWN]]
+        if (more := len(teacher.damaged) - VIEWS_SHOWN) > 0:
+            lines.append(f"  and {more:,} more (--json lists all)")
+    lines += [f"status     {line}" for line in report.status]
+    lines += [f"NOT REPAIRED  {line}" for line in report.not_repaired]
+    if any(t.withdrawn for t in report.teachers.values()):
+        lines.append(
+            "next       rsmtdf cache-features, with the configuration (and options) that the store was made with and "
+            f"--out {report.store}: it computes the withdrawn shards again, and nothing else that is there"
+        )
+    if report.is_sound:
+        lines.append("nothing is wrong")
+    return report.as_dict(), "\n".join(lines)
 
 
 def list_teachers() -> tuple[dict[str, Any], str]:

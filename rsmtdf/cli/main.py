@@ -244,6 +244,22 @@ def cache_info(store: Store, as_json: Json = False) -> None:
     show(result, as_json=as_json, text=text)
 
 
+@cache_app.command("repair")
+def cache_repair(store: Store, as_json: Json = False) -> None:
+    """Check every stored byte, and mark what is damaged to be computed again. Exit code 1 if anything was.
+
+    It recomputes nothing: afterwards, run cache-features as when the store was made.
+    """
+    from rsmtdf.cli.looking import repair_store
+    from rsmtdf.signals import stop_flag
+
+    with stop_flag() as stop:
+        result, text = repair_store(store, stop=stop)
+    show(result, as_json=as_json, text=text)
+    if not result["sound"]:
+        raise typer.Exit(1)
+
+
 @configs_app.command("ls")
 def configs_ls(as_json: Json = False) -> None:
     """List the shipped configurations."""

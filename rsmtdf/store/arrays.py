@@ -106,6 +106,8 @@ def read_metadata(node: Path) -> dict[str, Any]:
 def set_length(node: Path, length: int) -> None:
     """Sets the first dimension of the array at `node`, in its metadata only; a no-op where it already is so."""
     metadata = read_metadata(node)
+    if not metadata.get("shape"):
+        raise damaged(node / METADATA, "metadata gives the array no shape")
     if metadata["shape"][0] != length:
         metadata["shape"][0] = length
         write_metadata(node, metadata)

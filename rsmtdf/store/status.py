@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rsmtdf.files import write_whole
+from rsmtdf.errors import StoreCorrupt
+from rsmtdf.files import fsync_dir, write_whole
 from rsmtdf.store.arrays import array_metadata, damaged, decode_chunk, encode_chunk
 from rsmtdf.store.checksum import crc32c
 
@@ -67,7 +68,10 @@ class StatusArray:
             blob = file.read_bytes()
         except FileNotFoundError:
             return np.zeros(self.shard_views, np.uint64)
-        return decode_chunk(blob, dtype="uint64", length=self.shard_views, file=file)
+        try:
+            return decode_chunk(blob, dtype="uint64", length=self.shard_views, file=file)
+        except StoreCorrupt as error:
+            raise StoreCorrupt(f"{error}; to have just its shard computed again: rsmtdf cache repair") from None
 
     def write_shard(self, shard: int, words: np.ndarray) -> None:
         """Commits one shard's words, durably. `unseal` first where the shard `is_sealed`."""
@@ -111,6 +115,47 @@ class StatusArray:
         words = self.read(n_rows)
         everything = {*self._read_sealed(), *ranges}
         self._write_sealed({(start, stop): words[start:stop] for start, stop in everything})
+
+    def drop_damaged_seal(self) -> bool:
+        """Removes the sealed file if it is damaged (the chunk files hold the same words); whether it was.
+
+        The caller holds the store's mutex.
+        """
+        try:
+            self._read_sealed()
+        except StoreCorrupt:
+            self.sealed_file.unlink()
+            fsync_dir(self.path)
+            return True
+        return False
+
+    def mend(self, n_rows: int) -> tuple[list[int], list[int]]:
+        """Shards whose chunk was damaged, and written again from the sealed words; and those whose words are lost.
+
+        The caller owns all shards, and the sealed file is sound (`drop_damaged_seal`).
+        """
+        per = self.shard_views
+        sealed = {
+            start // per + k: part[k * per : (k + 1) * per]
+            for (start, stop), part in self._read_sealed().items()
+            for k in range((stop - start) // per)
+        }
+        rewritten: list[int] = []
+        lost: list[int] = []
+        for shard in sorted({*self._shards_on_disk(), *sealed}):
+            if shard >= n_rows // per:
+                continue  # left over from a change that was cut short
+            try:
+                words = self.read_shard(shard)
+            except StoreCorrupt:
+                words = None
+            if shard in sealed:
+                if words is None or not np.array_equal(words, sealed[shard]):
+                    self.write_shard(shard, sealed[shard])
+                    rewritten.append(shard)
+            elif words is None:
+                lost.append(shard)
+        return rewritten, lost
 
     def _shards_on_disk(self) -> list[int]:
         try:
