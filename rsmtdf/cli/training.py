@@ -101,7 +101,9 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.Trai
     if experiment.train.method not in METHODS:
         raise ConfigError(f"no method {experiment.train.method!r}; there are: {', '.join(METHODS)}")
     device = choose_device(_rank_device(options.device))
-    root = data_root(source, root=options.root, recorded=store.data_root)
+    # A configuration given now is taken at its word: a copied project must not train on the original's masks.
+    is_given = options.config is not None and experiment.root is not None and before is None
+    root = data_root(source, root=options.root, recorded=None if is_given else store.data_root)
     left_out = before.left_out if before else store.experiment.get("left_out", ())
     workspace = open_workspace(
         source,
