@@ -6,6 +6,7 @@ The EMA student is validated, selected and kept; `last` holds all that going on 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -18,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from rsmtdf.errors import TrainingError
+from rsmtdf.errors import CheckpointError, RsmtdfError, TrainingError
 from rsmtdf.learning.batch import MicroBatch
 from rsmtdf.learning.budget import parse_budget, total_steps
 from rsmtdf.learning.checkpoint import load_state, save_state
@@ -51,6 +53,8 @@ class _Progression:
     best_step: int | None = None
     stale: int = 0
     """Validations since the best one."""
+    due: bool = False
+    """This step's validation is still to come: a resumed run begins with it."""
 
 
 def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | None = None) -> dict[str, Any]:
@@ -58,9 +62,29 @@ def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | N
 
     Raises:
         StoreIncomplete: a labelled tile has no weak views in the store.
-        TrainingError: too few tiles, or the loss is not finite; the last good state is kept.
+        TrainingError: too few tiles, the loss is not finite, or no memory is left; the last good state is kept.
+        CheckpointError: the state to resume from does not fit, or a file of the run cannot be written.
         Interrupted: a signal came; the state is saved and `--resume` goes on from it.
     """
+    try:
+        return _train(job, resume=resume, stop=stop, progress=progress)
+    except Interrupted:
+        raise
+    except BaseException as error:
+        _note_failure(job, error)
+        raise
+
+
+def _note_failure(job: TrainJob, error: BaseException) -> None:
+    """Leaves the reason in run.json, unless a run that had ended or stopped well could not be taken up again."""
+    reason = str(error) if isinstance(error, RsmtdfError) else f"{type(error).__name__}: {error}"
+    # Where not even this can be written, the error itself matters more.
+    with contextlib.suppress(OSError, CheckpointError):
+        if job.run.state().get("state", "running") == "running":
+            job.run.write_state("failed", reason=reason)
+
+
+def _train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | None) -> dict[str, Any]:
     config = job.experiment.train
     student = build_student(job.student_spec, seed=config.seed)
     if job.backbone is not None:
@@ -79,11 +103,16 @@ def train(job: TrainJob, *, resume: bool, stop: StopFlag, progress: Progress | N
     if resume and job.run.last.exists():
         at = _Progression(**load_state(job.run.last, student=student, ema=ema, optimiser=optimiser))
     if resume and job.ranks.rank == 0:
-        job.run.rewind(at.step)
+        with _writing(job, "metrics.jsonl"):
+            job.run.rewind(at.step)
     loop = _Loop(job, student, ema, optimiser, at)
     total = int(frozen) if resume and frozen else loop.length()
     if job.ranks.rank == 0:
-        job.run.write_state("running", total_steps=total, steps_per_epoch=job.schedule.steps_per_epoch)
+        facts: dict[str, Any] = {"total_steps": total, "steps_per_epoch": job.schedule.steps_per_epoch}
+        if "reason" in job.run.state():
+            facts["reason"] = None  # of a failure before
+        with _writing(job, "run.json"):
+            job.run.write_state("running", **facts)
     return loop.run(total, stop=stop, progress=progress)
 
 
@@ -152,10 +181,12 @@ class _Loop:
         job, config, at = self._job, self._job.experiment.train, self._at
         every = config.validate_every or self._schedule.steps_per_epoch
         begun, first = time.perf_counter(), at.step
-        # A run that had ended for want of patience has no steps left, whatever its schedule says.
-        patience_out = self._is_out_of_patience()
-        end = at.step if patience_out else total
         try:
+            if at.due:
+                self._validate()
+            # A run that had ended for want of patience has no steps left, whatever its schedule says.
+            patience_out = self._any_rank(self._is_out_of_patience())
+            end = at.step if patience_out else total
             for step, batches in zip(range(at.step, end), self._micro_batches(at.step, end), strict=True):
                 terms = self._one_step(step, total, batches)
                 at.step = step + 1
@@ -165,23 +196,26 @@ class _Loop:
                 if progress is not None:
                     progress(at.step, total, self._note(terms, begun) if at.step % config.log_every == 0 else "")
                 if at.step % every == 0 or last:
-                    self._keep(self._validate(terms), final=last)
+                    self._check_finite(terms)
+                    at.due = job.validate is not None
+                    if last and not at.due:
+                        self._save_student()
+                    self._save_state()
+                    if at.due:
+                        self._validate()
                     patience_out = self._any_rank(self._is_out_of_patience())
                 if self._any_rank(bool(stop)):
                     self._check_finite(terms)
-                    self._keep(None, final=False)
+                    self._save_state()
                     command = f"rsmtdf train --cache {job.store.path} --out {job.run.path} --resume"
                     message = f"stopped at step {at.step} of {total}; go on with: {command}"
                     if job.ranks.rank == 0:
-                        job.run.write_state("interrupted", step=at.step)
+                        with _writing(job, "run.json"):
+                            job.run.write_state("interrupted", step=at.step)
                     raise Interrupted(stop.signum or 15, message)
                 if patience_out:
                     log.info("no better mIoU for %d validations: ending at step %d", config.patience, at.step)
                     break
-        except TrainingError:
-            if job.ranks.rank == 0:
-                job.run.write_state("failed", step=at.step)
-            raise
         finally:
             self._maker.close()
         return self._summary(total, time.perf_counter() - begun, first)
@@ -205,20 +239,28 @@ class _Loop:
 
     def _one_step(self, step: int, total: int, batches: Sequence[ViewBatch]) -> dict[str, torch.Tensor]:
         config = self._job.experiment.train
-        return train_step(
-            student=self._student,
-            ema=self._ema,
-            optimiser=self._optimiser,
-            method=self._method,
-            config=self._settings,
-            micro_batches=[self._to_device(b) for b in batches],
-            step=step,
-            total_steps=total,
-            poly_power=config.poly_power,
-            ema_decay=config.ema_ratio,
-            reduce=self._job.ranks.reduce,
-            autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
-        )
+        try:
+            return train_step(
+                student=self._student,
+                ema=self._ema,
+                optimiser=self._optimiser,
+                method=self._method,
+                config=self._settings,
+                micro_batches=[self._to_device(b) for b in batches],
+                step=step,
+                total_steps=total,
+                poly_power=config.poly_power,
+                ema_decay=config.ema_ratio,
+                reduce=self._job.ranks.reduce,
+                autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+            )
+        except torch.OutOfMemoryError as error:
+            size = config.micro_batch
+            raise TrainingError(
+                f"{self._job.device} ran out of memory at step {step + 1}, with micro-batches of {size}+{size} images. "
+                f"Lower train.micro_batch (it changes memory and speed, not the batch; at least 2), or set "
+                f"train.precision=bfloat16, in a new run. {_kept(self._job)}"
+            ) from error
 
     def _to_device(self, batch: ViewBatch) -> MicroBatch:
         device, source = self._job.device, self._job.source
@@ -251,14 +293,15 @@ class _Loop:
         if self._job.ranks.rank == 0:
             lr = [group["lr"] for group in self._optimiser.param_groups]
             values = {name: float(v) for name, v in terms.items()}
-            self._job.run.record("train", self._at.step, lr=lr, **values)
+            with _writing(self._job, "metrics.jsonl"):
+                self._job.run.record("train", self._at.step, lr=lr, **values)
 
     def _check_finite(self, terms: Mapping[str, torch.Tensor]) -> None:
         """Before anything of this step is kept."""
         if not math.isfinite(loss := float(terms["loss"])):
             raise TrainingError(
-                f"the loss at step {self._at.step} is {loss}; the last good state is {self._job.run.last}. "
-                f"Lower train.backbone_lr or train.head_lr_factor, or train in float32"
+                f"the loss at step {self._at.step} is {loss}. Lower train.backbone_lr or train.head_lr_factor, or "
+                f"train in float32. {_kept(self._job)}"
             )
 
     def _note(self, terms: Mapping[str, torch.Tensor], begun: float) -> str:
@@ -270,34 +313,41 @@ class _Loop:
             shown.append(f"best mIoU {100 * self._at.best:.1f}")
         return ", ".join([*shown, f"data-wait {wait:.0%}"])
 
-    def _validate(self, terms: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-        self._check_finite(terms)
-        if self._job.validate is None or self._job.ranks.rank != 0:
-            return None
-        result = self._job.validate(self._ema)
-        self._job.run.record("val", self._at.step, miou=result["miou"], per_class=result["per_class"])
-        return result
+    def _validate(self) -> None:
+        """Scores the EMA student; commits `best` if it is, then the `last` that names it."""
+        job, at = self._job, self._at
+        at.due = False
+        if job.validate is None or job.ranks.rank != 0:
+            return
+        result = job.validate(self._ema)
+        # A kill between this line and `last` leaves the line, and the validation to be done again.
+        if not any(r["kind"] == "val" and r["step"] == at.step for r in job.run.records()):
+            with _writing(job, "metrics.jsonl"):
+                job.run.record("val", at.step, miou=result["miou"], per_class=result["per_class"])
+        miou = result["miou"] or 0.0
+        if at.best is None or miou > at.best:
+            at.best, at.best_step, at.stale = miou, at.step, 0
+            self._save_student()
+        else:
+            at.stale += 1
+        self._save_state()
 
-    def _keep(self, result: Mapping[str, Any] | None, *, final: bool) -> None:
-        """Commits `best` (if it is), then `last`."""
+    def _save_state(self) -> None:
+        """Commits `last`: the state after this step."""
         job, at = self._job, self._at
         if job.ranks.rank != 0:
             return
-        if result is not None:
-            miou = result["miou"] or 0.0
-            if at.best is None or miou > at.best:
-                at.best, at.best_step, at.stale = miou, at.step, 0
-                self._save_student()
-            else:
-                at.stale += 1
-        elif final and job.validate is None:
-            self._save_student()
-        save_state(job.run.last, student=self._student, ema=self._ema, optimiser=self._optimiser, state=vars(at))
-        job.run.write_state("running", step=at.step, best_miou=at.best, best_step=at.best_step)
+        with _writing(job, "checkpoints/last.safetensors"):
+            save_state(job.run.last, student=self._student, ema=self._ema, optimiser=self._optimiser, state=vars(at))
+        with _writing(job, "run.json"):
+            job.run.write_state("running", step=at.step, best_miou=at.best, best_step=at.best_step)
 
     def _save_student(self) -> None:
+        if self._job.ranks.rank != 0:
+            return
         facts = {"step": self._at.step, "val_miou": self._at.best, "weights": "ema"}
-        save_student(self._job.run.best, self._ema, meta={**self._job.meta, "run": facts})
+        with _writing(self._job, "checkpoints/best.safetensors"):
+            save_student(self._job.run.best, self._ema, meta={**self._job.meta, "run": facts})
 
     def _summary(self, total: int, seconds: float, first: int) -> dict[str, Any]:
         job, at, config = self._job, self._at, self._job.experiment.train
@@ -324,8 +374,28 @@ class _Loop:
             "differing_views": len(self._check.differing) if self._check else 0,
         }
         if job.ranks.rank == 0:
-            job.run.write_state("finished", step=at.step, best_miou=at.best, best_step=at.best_step, summary=result)
+            with _writing(job, "run.json"):
+                job.run.write_state("finished", step=at.step, best_miou=at.best, best_step=at.best_step, summary=result)
         return result
+
+
+@contextlib.contextmanager
+def _writing(job: TrainJob, name: str) -> Iterator[None]:
+    """Around the writing of a file of the run: what the system refuses becomes a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot write {job.run.path / name}: {reason}. Make room there, or the folder writable. {_kept(job)}"
+        ) from error
+
+
+def _kept(job: TrainJob) -> str:
+    """What is left of the run after a failure."""
+    if not job.run.last.exists():
+        return "No state had been kept yet: start the run again with another --out"
+    return f"The last good state is kept in {job.run.last}: --resume goes on from it"
 
 
 def peak_memory(device: torch.device) -> int:
