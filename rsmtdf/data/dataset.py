@@ -118,10 +118,11 @@ class Dataset:
         """The header of the file a tile is read from."""
         return self.listing.headers[tile.image]
 
-    def resolve_name(self, name: str) -> list[Tile]:
+    def resolve_name(self, name: str, *, hint: bool = True) -> list[Tile]:
         """The tiles that a list entry names: a tile id, a scene, an image or mask path, or a name of public lists.
 
-        Empty where the name is known but all its tiles were left out (or the image cannot be opened).
+        Empty where the name is known but all its tiles were left out (or the image cannot be opened). `hint`: the
+        error names near names, which takes a second among many.
 
         Raises:
             DatasetError: the name is not known, or leaves the root.
@@ -131,7 +132,7 @@ class Dataset:
         if clean not in listing.names:
             raise DatasetError(
                 f"{name!r} is no tile, scene or image of data set {self.spec.name!r} in {self.root}"
-                f"{near(clean, listing.names)}"
+                f"{near(clean, listing.names) if hint else ''}"
             )
         return [listing.tiles[tile_id] for tile_id in listing.names[clean]]
 

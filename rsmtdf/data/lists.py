@@ -17,6 +17,9 @@ from rsmtdf.specs import Tile
 if TYPE_CHECKING:
     from rsmtdf.data.dataset import Dataset
 
+SHOWN = 5
+"""Wrong lines of a list that its error shows; near names are looked up for these alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -55,7 +58,7 @@ def read_list(dataset: Dataset, path: Path, *, what: str) -> list[Entry]:
         if not content:
             continue
         try:
-            name, tiles = _resolve(dataset, content)
+            name, tiles = _resolve(dataset, content, hint=len(problems) < SHOWN)
         except DatasetError as error:
             problems.append(f"line {number}: {error}")
             continue
@@ -66,8 +69,8 @@ def read_list(dataset: Dataset, path: Path, *, what: str) -> list[Entry]:
         for tile in tiles:
             first_line.setdefault(tile.id, number)
     if problems:
-        shown = "\n  ".join(problems[:5])
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        shown = "\n  ".join(problems[:SHOWN])
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DatasetError(f"{what}: {path} has {len(problems)} wrong line(s):\n  {shown}{more}")
     if not entries:
         raise DatasetError(f"{what}: {path} names no tile")
@@ -89,24 +92,23 @@ def require_masks(entries: list[Entry], *, path: Path, what: str) -> None:
         )
 
 
-def _resolve(dataset: Dataset, content: str) -> tuple[str, list[Tile]]:
+def _resolve(dataset: Dataset, content: str, *, hint: bool) -> tuple[str, list[Tile]]:
     columns = content.split()
     if len(columns) == 1:
-        return content, dataset.resolve_name(content)
+        return content, dataset.resolve_name(content, hint=hint)
     if len(columns) > 2:
         try:  # a name with spaces in it
-            return content, dataset.resolve_name(content)
+            return content, dataset.resolve_name(content, hint=False)
         except DatasetError:
             raise DatasetError(f"{len(columns)} columns; expected an image, or an image and its mask") from None
     try:
-        tiles = dataset.resolve_name(columns[0])
+        tiles = dataset.resolve_name(columns[0], hint=False)
     except DatasetError:
-        try:
-            return content, dataset.resolve_name(content)
+        try:  # a name with a space in it
+            return content, dataset.resolve_name(content, hint=False)
         except DatasetError:
-            pass
-        raise
-    if [t.id for t in dataset.resolve_name(columns[1])] != [t.id for t in tiles]:
+            tiles = dataset.resolve_name(columns[0], hint=hint)  # raises again, with its hint
+    if [t.id for t in dataset.resolve_name(columns[1], hint=hint)] != [t.id for t in tiles]:
         masks = few(sorted({str(t.mask) for t in tiles})) or "none"
         raise DatasetError(f"pairs {columns[0]} with {columns[1]}, but its mask here is {masks}")
     return columns[0], tiles

@@ -187,6 +187,19 @@ def test_a_wrong_list_reports_every_line(folder, spec):
     assert "line 6: 3 columns" in lines[5]
 
 
+def test_near_names_are_looked_up_for_the_lines_shown_only(folder, spec, monkeypatch):
+    """One look-up takes seconds in a large data set; a list of another one has thousands of wrong lines."""
+    data, asked = Dataset(spec, folder), []
+    monkeypatch.setattr("rsmtdf.data.dataset.near", lambda name, known: asked.append(name) or "; did you mean it?")
+    lines = [f"images/x{i}.png" + " masks/a.png" * (i % 2) for i in range(40)]
+    (folder / "l.txt").write_text("\n".join(["a", *lines]))
+    with pytest.raises(DatasetError) as caught:
+        make_splits(data, data.tiles(), SplitSpec(train="l.txt"), base=folder)
+    assert asked == [f"images/x{i}.png" for i in range(5)]
+    assert str(caught.value).count("did you mean it?") == 5
+    assert str(caught.value).endswith("and 35 more")
+
+
 def test_lists_of_nothing(folder, spec):
     data = Dataset(spec, folder)
     (folder / "empty.txt").write_text("# nothing\n\n")
