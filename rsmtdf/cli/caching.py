@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rsmtdf.cli.terminal import Bar, choose_device
-from rsmtdf.cli.workspace import Source, Workspace, open_workspace
+from rsmtdf.cli.workspace import Source, Workspace, held_out_of, held_out_record, open_workspace
 from rsmtdf.config import Experiment, TeacherConfig
 from rsmtdf.data.splits import summary as split_summary
 from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
@@ -99,14 +99,15 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
         ConfigError: it does not fit the disk.
     """
     experiment = source.experiment
+    store = _existing(out, experiment)
+    held_out = held_out_of(store.experiment, source) if store else None
     with Bar("scanning tiles", unit="tile") as bar:
-        workspace = open_workspace(source, root=root, progress=bar.update_to)
+        workspace = open_workspace(source, root=root, held_out=held_out, progress=bar.update_to)
     sources = teacher_sources(experiment)
     grid = student_grid(experiment)
     codec = _known_codec(experiment.cache.codec)
     facts = {name: describe(s, student_grid=grid) for name, s in sources.items()}
     sizes = {name: bytes_per_view(codec, f.tokens, f.dim) for name, f in facts.items()}
-    store = _existing(out, experiment)
     free = shutil.disk_usage(_existing_parent(out)).free
     pool, labelled = workspace.pool, workspace.labelled
     have = stage.covered(store)
@@ -242,7 +243,9 @@ def _require_one_readable(workspace: Workspace) -> None:
 
 def _record(job: CacheJob) -> dict[str, Any]:
     """The experiment for the store to keep."""
-    return {**job.workspace.source.as_dict(), "left_out": list(job.workspace.left_out)}
+    workspace = job.workspace
+    held_out = held_out_record(workspace)
+    return {**workspace.source.as_dict(), "left_out": list(workspace.left_out), "held_out": held_out}
 
 
 def _keep_record(store: FeatureStore, job: CacheJob) -> None:

@@ -13,7 +13,7 @@ from rsmtdf.cli.workspace import Source
 from rsmtdf.config import load_experiment
 from rsmtdf.data.synthetic.world import write_world
 from rsmtdf.errors import ConfigError
-from rsmtdf.signals import StopFlag, stop_flag
+from rsmtdf.signals import Interrupted, StopFlag, stop_flag
 
 SCENES = {"train": 36, "val": 8, "test": 8}
 SCENE_PX = 1024
@@ -63,7 +63,10 @@ def _train(store: Path, run: Path, method: str, step: str, device: str, stop: St
     options = training.TrainOptions(
         cache=store, out=run, train={"method": method}, device=device, resume=(run / "config.json").exists()
     )
-    result = training.train_run(options, stop=stop, say=say)
+    try:
+        result = training.train_run(options, stop=stop, say=say)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.exit_code - 128, "stopped; run the demo again to go on from here") from None
     say(training.summary_text(result))
     return run
 

@@ -26,7 +26,7 @@ from rsmtdf.cli.workspace import (
     source_from_record,
     with_labels,
 )
-from rsmtdf.config import Experiment, load_experiment, with_train
+from rsmtdf.config import Experiment, load_experiment
 from rsmtdf.data.labels import LabelCounts, label_counts
 from rsmtdf.errors import ConfigError, StoreIncomplete, TrainingError
 from rsmtdf.learning.budget import parse_budget
@@ -71,6 +71,9 @@ class TrainOptions:
 
 def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
     """Trains a student from a store and returns the summary."""
+    if options.resume and options.out is not None and (done := _finished(options.out)) is not None:
+        say(f"{options.out} is finished already: nothing to go on with")
+        return done
     try:
         job = open_job(options, say=say)
         with Bar("training", unit="step") as bar:
@@ -84,6 +87,12 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    """The summary of the run at `path` if it has ended."""
+    state = RunFolder.open(path).state()
+    return state.get("summary") if state.get("state") == "finished" else None
 
 
 def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.TrainJob:
@@ -163,9 +172,10 @@ def summary_text(result: Mapping[str, Any]) -> str:
     memory = f"{result['peak_memory_bytes'] / 2**30:.1f} GiB"
     best = "none" if result["best_miou"] is None else f"{100 * result['best_miou']:.2f} at step {result['best_step']:,}"
     shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
+    now = "" if result["steps_now"] == result["steps"] else f", {result['steps_now']:,} of them now"
     return "\n".join(
         [
-            f"trained    {result['method']}, {result['steps']:,} of {result['total_steps']:,} steps in {speed}",
+            f"trained    {result['method']}, {result['steps']:,} of {result['total_steps']:,} steps{now}, in {speed}",
             f"best mIoU  {best} (EMA student; selected on {result['selected_on']})",
             f"time       {shares}; limited by {result['limited_by']}; peak memory {memory}",
             f"next       rsmtdf evaluate {result['run']} --split test",
@@ -177,11 +187,12 @@ def summary_text(result: Mapping[str, Any]) -> str:
 def _asked(options: TrainOptions, store: FeatureStore) -> Source:
     """The experiment as the options shape it."""
     if options.config is not None:
-        source = Source(load_experiment(options.config, overrides=options.overrides), options.config.parent)
+        experiment = load_experiment(options.config, train=options.train, overrides=options.overrides)
+        source = Source(experiment, options.config.parent)
     else:
-        source = source_from_record(store.experiment, overrides=options.overrides, where=str(options.cache))
+        where = str(options.cache)
+        source = source_from_record(store.experiment, train=options.train, overrides=options.overrides, where=where)
     source = with_labels(source, options.labels)
-    source = Source(with_train(source.experiment, options.train, where="the command line"), source.base)
     store.expect(recipe=source.experiment.views, dataset=source.experiment.dataset)
     return source
 

@@ -66,9 +66,12 @@ def load_source(*, dataset: str | None, config: Path | None, overrides: Sequence
     return Source(load_experiment(path, overrides=overrides), path.parent)
 
 
-def source_from_record(record: Mapping[str, Any], *, overrides: Sequence[str], where: str) -> Source:
-    """The experiment that a store or a run recorded, with `--set` overrides laid over it."""
-    return Source(parse_experiment(record["config"], overrides=overrides, where=where), Path(record["base"]))
+def source_from_record(
+    record: Mapping[str, Any], *, train: Mapping[str, Any] | None = None, overrides: Sequence[str], where: str
+) -> Source:
+    """The experiment that a store or a run recorded, with named `train` options and `--set` overrides laid over it."""
+    experiment = parse_experiment(record["config"], train=train or {}, overrides=overrides, where=where)
+    return Source(experiment, Path(record["base"]))
 
 
 def with_labels(source: Source, labels: str | None) -> Source:

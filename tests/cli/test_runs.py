@@ -127,3 +127,37 @@ def test_scores_come_from_the_images_the_run_was_trained_on(tiny: Any, tmp_path:
     shutil.rmtree(other)
     with pytest.raises(DatasetError):
         score(tmp_path / "run")
+
+
+def test_a_folder_that_grows_keeps_its_held_out_tiles(tmp_path: Path, tiny_experiment: Any, say: Say) -> None:
+    """Generated splits: a new image, and a mask for one that had none, train; nothing moves into or out of test."""
+    import yaml
+
+    from rsmtdf.cli import caching
+    from rsmtdf.cli.workspace import data_root, load_source
+    from rsmtdf.testing.scenes import write_folder
+
+    data = tmp_path / "data"
+    write_folder(data, scenes=9, size=(64, 64), unlabelled=3)
+    spec = {**tiny_experiment["dataset"], "layout": "folder", "label_map": []}
+    experiment = {**tiny_experiment, "root": str(data), "dataset": spec, "splits": {"by": "scene", "labels": "all"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(experiment))
+
+    def plan() -> caching.CacheJob:
+        source = load_source(dataset=None, config=tmp_path / "c.yaml", overrides=())
+        return caching.plan_cache(source, root=data_root(source, root=None), out=tmp_path / "s.zarr")
+
+    first = plan()
+    caching.run_cache(first, device="cpu", stop=StopFlag(), say=say)
+    images = sorted(p for p in (data / "images").iterdir())
+    masks = {p.stem: p for p in (data / "masks").iterdir()}
+    unlabelled = next(p for p in images if p.stem not in masks)
+    shutil.copy(next(iter(masks.values())), data / "masks" / f"{unlabelled.stem}{next(iter(masks.values())).suffix}")
+    shutil.copy(images[0], images[0].with_stem("aaa_new"))
+    again = plan()
+    assert (again.workspace.splits.val, again.workspace.splits.test) == (
+        first.workspace.splits.val,
+        first.workspace.splits.test,
+    )
+    assert set(again.workspace.labelled) - set(first.workspace.labelled) == {f"{unlabelled.stem}/0_0"}
+    assert set(again.workspace.pool) - set(first.workspace.pool) == {"aaa_new/0_0"}

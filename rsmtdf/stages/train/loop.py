@@ -360,6 +360,7 @@ class _Loop:
             "run": str(job.run.path),
             "method": config.method,
             "steps": at.step,
+            "steps_now": steps,
             "total_steps": total,
             "best_miou": at.best,
             "best_step": at.best_step,
