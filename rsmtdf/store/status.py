@@ -21,7 +21,7 @@ from rsmtdf.store.arrays import array_metadata, damaged, decode_chunk, encode_ch
 from rsmtdf.store.checksum import crc32c
 
 TODO, DONE, SKIPPED, HOLE = 0, 1, 2, 3
-"""States: not there yet; committed; left out for good (its tile failed); no view at all."""
+"""States: not there yet; committed; skipped (a tile of its pair did not open); no view at all."""
 
 _MAGIC = b"rsmtdf sealed status 1\n"
 
