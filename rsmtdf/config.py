@@ -276,13 +276,6 @@ def parse_experiment(
         raise ConfigError(f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
 
 
-def with_train(
-    experiment: Experiment, changes: Mapping[str, Any], *, overrides: Sequence[str] = (), where: str
-) -> Experiment:
-    """`experiment` with fields of `train` changed, then `overrides` laid over it (see `parse_experiment`)."""
-    return parse_experiment(experiment.as_dict(), train=changes, overrides=overrides, where=where)
-
-
 def _changed(section: Mapping[str, Any], train: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
     """The section `train`, changed as `parse_experiment` says."""
     overriding = dict(last["train"])

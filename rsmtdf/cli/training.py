@@ -240,8 +240,11 @@ def _features(mode: Mode, experiment: Experiment, store: FeatureStore, device: t
     for name, teacher in teachers.items():
         if name in store.teachers:
             store.expect_teacher(teacher.spec, store.teachers[name].codec)
-    roundtrip = partial(_roundtrip, store) if mode.through_codec else None
-    return OnlineFeatures(teachers, roundtrip=roundtrip)
+
+    def roundtrip(name: str, tokens: torch.Tensor) -> torch.Tensor:
+        return store.teacher(name).roundtrip(tokens)
+
+    return OnlineFeatures(teachers, roundtrip=roundtrip if mode.through_codec else None)
 
 
 def _expect_described(store: FeatureStore, experiment: Experiment) -> None:
@@ -254,12 +257,6 @@ def _expect_described(store: FeatureStore, experiment: Experiment) -> None:
         stored = store.teachers[name]
         described = describe(source, student_grid=student_grid(experiment))
         store.expect_teacher(replace(described, weights_sha256=stored.spec.weights_sha256), stored.codec)
-
-
-def _roundtrip(store: FeatureStore, name: str, tokens: torch.Tensor) -> torch.Tensor:
-    """`tokens` as the store would give them back."""
-    stored = store.teacher(name)
-    return stored.decode(stored.encode(tokens), device=tokens.device)
 
 
 def _student_spec(experiment: Experiment, features: FeatureSource | None) -> StudentSpec:
