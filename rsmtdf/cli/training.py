@@ -71,7 +71,8 @@ class TrainOptions:
 
 def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
     """Trains a student from a store and returns the summary."""
-    if options.resume and options.out is not None and (done := _finished(options.out)) is not None:
+    done = _finished(options.out) if options.resume and options.out is not None else None
+    if done is not None and not _is_explicit(options):
         say(f"{options.out} is finished already: nothing to go on with")
         return done
     try:

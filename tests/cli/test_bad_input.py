@@ -110,7 +110,7 @@ def test_a_root_of_another_layout_is_named(refused: Refused, here: Path) -> None
         ("--set", "a.b.c=1", ["a: no such key", "known here: cache, dataset"]),
         ("--set", "train.seed=[", ["--set 'train.seed=['", "not valid YAML"]),
         ("--set", "teachers.9.name=a", ["'9' is no position in a list of 2"]),
-        ("--set", "views.crop_px.x=2", ["views.crop_px is a value, not a section"]),
+        ("--set", "views.crop_px.x=2", ["views.crop_px is a value (56), not a section"]),
         ("--set", "views.jitter_p=.nan", ["views.jitter_p", "finite number"]),
         ("--set", "cache.max_gb=.inf", ["cache.max_gb", "finite number"]),
         ("--set", "dataset.tile_px=.nan", ["dataset.tile_px", "finite number"]),

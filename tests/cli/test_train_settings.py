@@ -122,12 +122,17 @@ def test_any_failure_is_left_in_the_record(tiny: Any, tmp_path: Path, say: Say) 
         assert (state["state"], state["reason"]) == ("failed", reason)
 
 
-def test_a_finished_run_that_is_damaged_stays_finished(tiny: Any, whole: Path, tmp_path: Path, say: Say) -> None:
+def test_a_finished_run_stays_as_it_is(tiny: Any, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
+    before = (tmp_path / "run/run.json").read_bytes()
+    said: list[str] = []
+    result = run(tiny, tmp_path / "run", said.append, resume=True)
+    assert said == [f"{tmp_path / 'run'} is finished already: nothing to go on with"]
+    assert result == RunFolder.open(tmp_path / "run").state()["summary"], "with the seconds it took, not 0"
     (tmp_path / "run/checkpoints/last.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot resume from"):
-        run(tiny, tmp_path / "run", say, resume=True)
-    assert RunFolder.open(tmp_path / "run").state()["state"] == "finished"
+        run(tiny, tmp_path / "run", said.append, resume=True, overrides=["train.workers=3"])
+    assert (tmp_path / "run/run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
