@@ -45,6 +45,7 @@ class Begun:
     root: str
     mode: Mode
     left_out: Sequence[str]
+    store_identity: str
     tiles: Mapping[str, Sequence[str]]
     """`labelled`, `val` and `test`: the ids that were drawn."""
     n_rows: int
@@ -80,6 +81,7 @@ def begun(path: Path) -> Begun:
         root=record["root"],
         mode=Mode(**record["mode"]),
         left_out=record["left_out"],
+        store_identity=record["store"]["identity"],
         tiles=record["tiles"],
         n_rows=record["store"]["rows"],
         schedule=record["schedule"],
@@ -99,7 +101,7 @@ def resumable(path: Path | None, *, asked: Source | None, mode: Mode | None, sto
     if path is None:
         raise ConfigError("--resume needs --out RUN: the folder of the run to go on with")
     found = begun(path)
-    if found.run.config()["store"]["identity"] != store.identity:
+    if found.store_identity != store.identity:
         raise ConfigError(f"{path} was trained from a store of another identity than {store.path}")
     changed = differences(found.source.experiment, asked.experiment) if asked else []
     if mode is not None and mode != found.mode:
