@@ -1,4 +1,4 @@
-"""Behind the commands that look: init, data check, cache info, teachers, configs."""
+"""Behind the commands that look: init, data check, teachers, configs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ from rsmtdf.data.dataset import Dataset
 from rsmtdf.data.discover import Proposal, propose
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.files import write_whole
-from rsmtdf.signals import StopFlag
 from rsmtdf.specs import DatasetSpec, SplitSpec, to_dict
-from rsmtdf.store.repair import repair
-from rsmtdf.store.store import FeatureStore
 from rsmtdf.teachers.presets import PRESETS
 from rsmtdf.teachers.registry import bytes_per_view, describe, fetch
 
 PAPER_GRID = (37, 37)
 """The student's patches in a 518 px view: what dense teachers match in the paper."""
-
-VIEWS_SHOWN = 20
-"""Damaged views of a teacher that a repair prints."""
 
 
 def init_folder(folder: Path, *, overwrite: bool) -> str:
@@ -63,58 +57,6 @@ def check(
     with Bar("checking", unit="file") as bar:
         report = check_dataset(opened, workers=source.experiment.cache.workers, progress=bar.update_to)
     return report.to_dict(), report.text()
-
-
-def store_info(path: Path) -> tuple[dict[str, Any], str]:
-    """What a store holds, as data and as text."""
-    info = FeatureStore.open(path).info()
-    state = "complete" if info["complete"] else "INCOMPLETE: run rsmtdf cache-features again"
-    lines = [
-        f"store      {info['path']} ({info['bytes'] / 1e9:.2f} GB), {state}",
-        f"identity   {info['identity'][:16]}  data set {info['dataset']}, images at {info['data_root']}",
-        f"made by    {', '.join(f'{name} {version}' for name, version in info['versions'].items())}",
-        f"views      {info['views']:,} of {info['tiles']:,} tiles in {info['shards']:,} shards"
-        + (f"; {info['views_skipped']:,} skipped (unreadable)" if info["views_skipped"] else ""),
-    ]
-    for segment in info["segments"]:
-        last = segment["seed_start"] + segment["seeds"] - 1
-        seeds = f"seed {last}" if segment["seeds"] == 1 else f"seeds {segment['seed_start']}-{last}"
-        lines.append(
-            f"  {segment['stream']:<8} {seeds}, generation {segment['generation']}: {segment['tiles']:,} tiles, "
-            f"{segment['rows']:,} views"
-        )
-    for name, teacher in info["teachers"].items():
-        spec, massive = teacher["spec"], teacher["statistics"].get("outlier_channels", [])
-        lines.append(
-            f"teacher    {name}: {teacher['done']:,} of {info['views']:,} views, {spec['grid'][0]}x{spec['grid'][1]} "
-            f"tokens of {spec['dim']}, {teacher['codec']}, {teacher['bytes_per_view'] / 1e6:.2f} MB a view"
-            + (f"; {len(massive)} massive channels" if massive else "")
-        )
-    return info, "\n".join(lines)
-
-
-def repair_store(path: Path, *, stop: StopFlag) -> tuple[dict[str, Any], str]:
-    """Checks a store and withdraws what is damaged; what was found, as data and as text."""
-    with Bar("checking", unit="view") as bar:
-        report = repair(path, stop=stop, progress=bar.update_to)
-    lines = [f"store      {report.store}"]
-    for name, teacher in report.teachers.items():
-        damaged = f"{len(teacher.damaged):,} damaged" if teacher.damaged else "none damaged"
-        shards = f"; {len(teacher.withdrawn):,} shard(s) withdrawn" if teacher.withdrawn else ""
-        lines.append(f"teacher    {name}: {teacher.checked:,} views checked, {damaged}{shards}")
-        lines += [f"  view {view}: {why}" for view, why in list(teacher.damaged.items())[:VIEWS_SHOWN]]
-        if (more := len(teacher.damaged) - VIEWS_SHOWN) > 0:
-            lines.append(f"  and {more:,} more (--json lists all)")
-    lines += [f"status     {line}" for line in report.status]
-    lines += [f"NOT REPAIRED  {line}" for line in report.not_repaired]
-    if any(t.withdrawn for t in report.teachers.values()):
-        lines.append(
-            "next       rsmtdf cache-features, with the configuration (and options) that the store was made with and "
-            f"--out {report.store}: it computes the withdrawn shards again, and nothing else that is there"
-        )
-    if report.is_sound:
-        lines.append("nothing is wrong")
-    return report.as_dict(), "\n".join(lines)
 
 
 def list_teachers() -> tuple[dict[str, Any], str]:

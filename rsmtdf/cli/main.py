@@ -23,6 +23,7 @@ from rsmtdf.cli.options import (
     TeacherNames,
     WeakViews,
 )
+from rsmtdf.cli.store_commands import cache_app
 from rsmtdf.cli.terminal import log_to_stderr, say, show
 from rsmtdf.errors import RsmtdfError
 
@@ -36,7 +37,6 @@ app = typer.Typer(
     "(cache-features); a small student learns from their cached features and your few labels (train); it draws "
     "the map (predict). Start with: rsmtdf demo, or rsmtdf init DIR for your own images.",
 )
-cache_app = typer.Typer(no_args_is_help=True, help="Look into a feature store.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at images and masks before anything is computed.")
 configs_app = typer.Typer(no_args_is_help=True, help="The configurations that come with rsmtdf.")
 teachers_app = typer.Typer(no_args_is_help=True, help="The teachers that rsmtdf knows by name.")
@@ -47,7 +47,6 @@ app.add_typer(teachers_app, name="teachers")
 
 Out = Annotated[Path, typer.Option("--out", help="The feature store.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, as train made it.")]
-Store = Annotated[Path, typer.Argument(help="A feature store.")]
 
 
 @app.command("plan")
@@ -232,31 +231,6 @@ def data_check(
     result, text = check(dataset=dataset, config=config, root=root, overrides=set_ or [])
     show(result, as_json=as_json, text=text)
     if result["problems"]:
-        raise typer.Exit(1)
-
-
-@cache_app.command("info")
-def cache_info(store: Store, as_json: Json = False) -> None:
-    """What a store holds: views by stream and seed, teachers, completeness, sizes, identity."""
-    from rsmtdf.cli.looking import store_info
-
-    result, text = store_info(store)
-    show(result, as_json=as_json, text=text)
-
-
-@cache_app.command("repair")
-def cache_repair(store: Store, as_json: Json = False) -> None:
-    """Check every stored byte, and mark what is damaged to be computed again. Exit code 1 if anything was.
-
-    It recomputes nothing: afterwards, run cache-features as when the store was made.
-    """
-    from rsmtdf.cli.looking import repair_store
-    from rsmtdf.signals import stop_flag
-
-    with stop_flag() as stop:
-        result, text = repair_store(store, stop=stop)
-    show(result, as_json=as_json, text=text)
-    if not result["sound"]:
         raise typer.Exit(1)
 
 

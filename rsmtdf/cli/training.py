@@ -38,7 +38,7 @@ from rsmtdf.specs import FeatureSource, to_dict
 from rsmtdf.stages import cache as cache_stage
 from rsmtdf.stages import train as stage
 from rsmtdf.stages.evaluate import evaluate
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.model import Student, build_student
 from rsmtdf.student.spec import StudentSpec, TeacherHead, teacher_heads

@@ -1,26 +1,20 @@
-"""`CachedFeatures`: training's distillation targets out of a store, verified, on the device.
+"""`FeatureReader`: encoded features of one teacher's views, verified, straight into the caller's memory.
 
-Views are read by threads of this process into reused (for accelerators: pinned) buffers, each view at its place in
-the batch whatever the order of completion. DataLoader workers are not used for it: their transport is ten times
-slower than the file (reference/store_measurements, section 4). An array whose layout is not the store's own (a
-compressed archive) or a platform without `preadv` is read through zarr-python, under the same checks.
+A view is one `preadv` of payload and checksum. An array whose layout is not the store's own (a compressed archive) or
+a platform without `preadv` is read through zarr-python, under the same checks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from rsmtdf.errors import StoreCorrupt, StoreIncomplete
-from rsmtdf.specs import FeatureSpec
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import EncodedArray
@@ -32,99 +26,83 @@ from rsmtdf.store.stored_teacher import StoredTeacher
 _HAS_PREADV = hasattr(os, "preadv")
 
 
-class CachedFeatures:
-    """A `FeatureSource` over a store. Use it as a context manager, or `close` it.
+class FeatureReader:
+    """Reads views of one teacher, from any number of threads. Use it as a context manager, or `close` it.
 
     The status words are read once, here: views committed later are not seen.
     """
 
     def __init__(
-        self,
-        store: FeatureStore,
-        teachers: Sequence[str],
-        *,
-        device: torch.device | str,
-        threads: int = 1,
-        verify: bool = True,
-        rows: np.ndarray | None = None,
-        force_zarr: bool = False,
+        self, store: FeatureStore, teacher: str, *, threads: int = 1, verify: bool = True, force_zarr: bool = False
     ) -> None:
-        """Opens the features of `teachers`.
+        """Opens the features of `teacher`.
 
         Args:
             store: where they are.
-            teachers: names in it.
-            device: where targets are wanted.
-            threads: views read at a time.
+            teacher: its name there.
+            threads: views of one `get_many` that are read at a time.
             verify: check every byte read against the checksums beside it and in the status.
-            rows: the views that will be asked for; None: not checked here.
             force_zarr: read through zarr-python even where the fast path would do.
 
         Raises:
-            StoreIncomplete: a teacher is not there, or some of `rows` are not done.
+            StoreIncomplete: the store has no such teacher.
             StoreCorrupt: status words or metadata are damaged.
         """
+        self.teacher = store.teacher(teacher)
         self._store = store
-        self._device = torch.device(device)
         self._verify = verify
-        self._readers = {
-            name: _TeacherReader(store, store.teacher(name), verify=verify, force_zarr=force_zarr) for name in teachers
-        }
+        words = store.status(teacher)
+        self._done = state_of(words) == DONE
+        self._crcs = crc_of(words)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features") if threads > 1 else None
-        self._buffers = _Buffers(device=self._device)
-        if rows is not None:
-            self.require(rows)
-
-    @property
-    def specs(self) -> Mapping[str, FeatureSpec]:
-        return {name: r.teacher.spec for name, r in self._readers.items()}
-
-    @property
-    def needs_pixels(self) -> bool:
-        return False
-
-    def require(self, rows: np.ndarray) -> None:
-        """Checks that the features of all `rows` are done.
-
-        Raises:
-            StoreIncomplete: naming the teacher, how many are, and the command that finishes them.
-        """
-        for name, reader in self._readers.items():
-            done = int(reader.is_done(rows).sum())
-            if done < len(rows):
-                raise StoreIncomplete(
-                    f"features for {name!r} in {self._store.path} cover {done} of {len(rows)} views; finish them "
-                    "with the rsmtdf cache-features command that the store was made by"
+        self._fast: dict[str, ShardReader] = {}
+        self._slow: dict[str, Any] = {}
+        for array in self.teacher.arrays:
+            node = self.teacher.path / array.name
+            found = read_metadata(node)
+            if _HAS_PREADV and not force_zarr and same_layout(found, self.teacher.array_metadata(array, store.n_rows)):
+                self._fast[array.name] = ShardReader(
+                    node=node, dims=1 + len(array.shape), view_bytes=array.view_bytes, shard_views=store.shard_views
                 )
+            else:
+                self._slow[array.name] = _open_zarr(store, self.teacher, array, node)
 
-    def fetch(self, rows: np.ndarray, pixels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Teacher name -> targets float32 [b, tokens, dim] on the device, in the order of `rows`.
+    def is_done(self, rows: np.ndarray) -> np.ndarray:
+        """bool, per row: whether its features are committed."""
+        return np.asarray(self._done[rows], dtype=bool)
 
-        May be called from any thread; the tensors belong to the caller.
+    def get_many(
+        self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray] | None = None
+    ) -> Mapping[str, np.ndarray]:
+        """Array name -> values [b, ...] as stored, in the order of `view_ids` (rows of the store).
+
+        Args:
+            view_ids: which views; any order, repeats allowed.
+            out: arrays to fill, C-contiguous, of the stored dtypes; None: new ones.
 
         Raises:
-            StoreIncomplete: a row is not done.
-            StoreCorrupt: a view is damaged or missing.
+            StoreIncomplete: a view is not done.
+            StoreCorrupt: a view is damaged or missing; nothing in `out` is to be used.
         """
-        targets: dict[str, torch.Tensor] = {}
-        for name, reader in self._readers.items():
-            with self._buffers.lease(len(rows), reader.teacher.arrays) as buffer:
-                self._fill(reader, rows, buffer.host)
-                targets[name] = reader.teacher.decode(buffer.to_device(), device=self._device)
-        return targets
+        if out is None:
+            out = {a.name: np.empty((len(view_ids), *a.shape), a.dtype) for a in self.teacher.arrays}
+        filled = out
 
-    def read_rows(self, teacher: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Array name -> values [b, ...] as stored, freshly allocated, in the order of `rows`."""
-        reader = self._readers[teacher]
-        out = {a.name: np.empty((len(rows), *a.shape), a.dtype) for a in reader.teacher.arrays}
-        self._fill(reader, rows, out)
+        def read(slot: int) -> None:
+            self._read_into(int(view_ids[slot]), {name: values[slot] for name, values in filled.items()})
+
+        if self._pool is None:
+            for slot in range(len(view_ids)):
+                read(slot)
+        else:
+            list(self._pool.map(read, range(len(view_ids))))
         return out
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-        for reader in self._readers.values():
-            reader.close()
+        for fast in self._fast.values():
+            fast.close()
 
     def __enter__(self) -> Self:
         return self
@@ -132,43 +110,7 @@ class CachedFeatures:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _fill(self, reader: _TeacherReader, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
-        def read(slot: int) -> None:
-            reader.read_into(int(rows[slot]), {name: values[slot] for name, values in out.items()})
-
-        if self._pool is None:
-            for slot in range(len(rows)):
-                read(slot)
-        else:
-            list(self._pool.map(read, range(len(rows))))
-
-
-class _TeacherReader:
-    """One teacher's arrays and status."""
-
-    def __init__(self, store: FeatureStore, teacher: StoredTeacher, *, verify: bool, force_zarr: bool) -> None:
-        self.teacher = teacher
-        self._store = store
-        self._verify = verify
-        words = store.status(teacher.name)
-        self._done = state_of(words) == DONE
-        self._crcs = crc_of(words)
-        self._fast: dict[str, ShardReader] = {}
-        self._slow: dict[str, Any] = {}
-        for array in teacher.arrays:
-            node = teacher.path / array.name
-            found = read_metadata(node)
-            if _HAS_PREADV and not force_zarr and same_layout(found, teacher.array_metadata(array, store.n_rows)):
-                self._fast[array.name] = ShardReader(
-                    node=node, dims=1 + len(array.shape), view_bytes=array.view_bytes, shard_views=store.shard_views
-                )
-            else:
-                self._slow[array.name] = _open_zarr(store, teacher, array, node)
-
-    def is_done(self, rows: np.ndarray) -> np.ndarray:
-        return np.asarray(self._done[rows], dtype=bool)
-
-    def read_into(self, row: int, out: Mapping[str, np.ndarray]) -> None:
+    def _read_into(self, row: int, out: Mapping[str, np.ndarray]) -> None:
         """Reads a view's arrays into `out`, checked."""
         if not self._done[row]:
             raise StoreIncomplete(
@@ -195,10 +137,6 @@ class _TeacherReader:
             file = self.teacher.path / self.teacher.arrays[0].name
             what = f"checksum is {total:08x}, the status word says {int(self._crcs[row]):08x}"
             raise self._corrupt(row, file, what)
-
-    def close(self) -> None:
-        for fast in self._fast.values():
-            fast.close()
 
     def _read_zarr(self, array: EncodedArray, row: int, out: np.ndarray) -> None:
         try:
@@ -237,54 +175,3 @@ def _bad_array(store: FeatureStore, teacher: StoredTeacher, node: Path, what: st
         f"feature store {store.path}, teacher {teacher.name!r}, file {node / METADATA}: the metadata do not describe "
         f"its features ({what}). Restore the file from a copy, or write the store anew with: rsmtdf cache-features"
     )
-
-
-class _Buffers:
-    """Host buffers for batches, kept and reused, as many as there are calls at a time."""
-
-    def __init__(self, *, device: torch.device) -> None:
-        self._device = device
-        self._lock = threading.Lock()
-        self._free: dict[tuple[int, tuple[EncodedArray, ...]], list[_Buffer]] = {}
-
-    @contextlib.contextmanager
-    def lease(self, views: int, arrays: tuple[EncodedArray, ...]) -> Iterator[_Buffer]:
-        """A buffer nobody else has until it is left; an error leaves it to the garbage collector."""
-        with self._lock:
-            free = self._free.setdefault((views, arrays), [])
-            buffer = free.pop() if free else None
-        if buffer is None:
-            buffer = _Buffer(views, arrays, device=self._device)
-        buffer.wait()
-        yield buffer
-        with self._lock:
-            free.append(buffer)
-
-
-class _Buffer:
-    """A batch of one teacher's arrays in host memory: pinned where the device is not the host."""
-
-    def __init__(self, views: int, arrays: tuple[EncodedArray, ...], *, device: torch.device) -> None:
-        self._device = device
-        self._on_host = device.type == "cpu"
-        self._tensors = {
-            a.name: torch.empty((views, *a.shape), dtype=getattr(torch, a.dtype), pin_memory=not self._on_host)
-            for a in arrays
-        }
-        self.host = {name: t.numpy() for name, t in self._tensors.items()}
-        self._copied: torch.Event | None = None
-
-    def to_device(self) -> dict[str, torch.Tensor]:
-        """The tensors on the device; `wait` before the host side is written again."""
-        if self._on_host:
-            return self._tensors  # decoding makes float32 out of narrower types, so never hands these out
-        moved = {name: t.to(self._device, non_blocking=True) for name, t in self._tensors.items()}
-        self._copied = torch.Event(self._device)
-        self._copied.record()
-        return moved
-
-    def wait(self) -> None:
-        """Until the last copy to the device has left the buffer."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None

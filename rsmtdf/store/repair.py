@@ -18,7 +18,7 @@ from rsmtdf.errors import StoreCorrupt
 from rsmtdf.signals import StopFlag
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
 from rsmtdf.store.commit import withdraw_shard
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.status import DONE, HOLE, TODO, StatusArray, state_of, word
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.stored_teacher import StoredTeacher
@@ -154,7 +154,7 @@ def _check_teacher(
     found = report.teachers[teacher.name]
     try:
         foreign = _foreign_array(store, teacher)
-        source = CachedFeatures(store, [teacher.name], device="cpu")
+        source = FeatureReader(store, teacher.name)
     except StoreCorrupt as error:
         report.not_repaired.append(str(error))
         return
@@ -165,7 +165,7 @@ def _check_teacher(
             damaged: dict[str, str] = {}
             for row in rows[shards == shard].tolist():
                 try:
-                    source.read_rows(teacher.name, np.array([row]))
+                    source.get_many([row])
                 except StoreCorrupt as error:
                     why = error.__cause__ or "its checksum is not the one in the status word"
                     damaged[store.describe(row)] = str(why)

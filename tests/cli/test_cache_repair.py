@@ -13,7 +13,7 @@ import pytest
 from rsmtdf.cli.training import TrainOptions, train_run
 from rsmtdf.errors import StoreCorrupt
 from rsmtdf.signals import StopFlag
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.store import FeatureStore
 
 Run = Callable[..., Any]

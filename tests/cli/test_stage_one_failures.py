@@ -15,7 +15,7 @@ from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.signals import StopFlag
 from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Plan
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
 

@@ -17,7 +17,7 @@ from rsmtdf.errors import ConfigError, DatasetError, StoreIncomplete, StoreMisma
 from rsmtdf.learning.run import RunFolder
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.stages.cache import view_maker
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.teachers.registry import build_teacher
 from rsmtdf.views.view import view_crc

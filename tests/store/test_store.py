@@ -10,8 +10,9 @@ import torch
 
 from rsmtdf.errors import StoreError, StoreIncomplete, StoreMismatch, StoreNotFound
 from rsmtdf.specs import STREAMS
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.locks import StoreLocks
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 
@@ -81,8 +82,9 @@ def test_two_arrays_are_summed_together(kit, path):
     import google_crc32c
 
     store = kit.full(path, codec="int8")
+    with FeatureReader(store, "t") as reader:
+        stored = reader.get_many([7])
     with CachedFeatures(store, ["t"], device="cpu") as source:
-        stored = source.read_rows("t", np.array([7]))
         decoded = source.fetch(np.array([7]))["t"]
     raw = stored["codes"].tobytes() + stored["token_scale"].tobytes()
     assert int(crc_of(store.status("t"))[7]) == google_crc32c.value(raw)

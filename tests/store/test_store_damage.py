@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rsmtdf.errors import StoreCorrupt
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.store import FeatureStore
 
 ROW = 13

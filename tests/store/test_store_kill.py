@@ -17,7 +17,7 @@ import pytest
 import zarr
 
 from rsmtdf.errors import StoreError
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 

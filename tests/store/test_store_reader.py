@@ -9,7 +9,8 @@ import zarr
 
 from rsmtdf.errors import StoreIncomplete
 from rsmtdf.specs import FeatureSource
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.reader import FeatureReader
 
 
 def expected(kit, rows) -> torch.Tensor:
@@ -84,8 +85,8 @@ def test_unfinished_features_are_counted(kit, path):
 
 
 def test_stored_values(kit, store):
-    with CachedFeatures(store, ["t"], device="cpu") as source:
-        found = source.read_rows("t", np.array([4, 2]))
+    with FeatureReader(store, "t") as reader:
+        found = reader.get_many([4, 2])
     assert list(found) == ["features"]
     assert found["features"].dtype == np.float16
     np.testing.assert_array_equal(found["features"], expected(kit, [4, 2]).numpy())

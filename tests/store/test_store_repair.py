@@ -7,7 +7,7 @@ import pytest
 
 from rsmtdf.errors import StoreCorrupt, StoreError
 from rsmtdf.signals import Interrupted, StopFlag
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.repair import repair
 from rsmtdf.store.store import FeatureStore
 

@@ -23,7 +23,7 @@ from rsmtdf.errors import DatasetError, StoreMismatch
 from rsmtdf.keyed import Draws
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
-from rsmtdf.store.reader import CachedFeatures
+from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.status import DONE, SKIPPED, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
@@ -375,8 +375,8 @@ def _write_mended(store: FeatureStore, shard: int, commit: _Commit) -> int:
     teacher, first = store.teacher(name), shard * store.shard_views
     kept = first + np.flatnonzero(state_of(teacher.status.read_shard(shard)) == DONE)
     seen = crc_of(store.view_status_array.read_shard(shard))
-    with CachedFeatures(store, [name], device="cpu") as cached:
-        old = cached.read_rows(name, kept)
+    with FeatureReader(store, name) as reader:
+        old = reader.get_many(kept)
     new = teacher.encode(commit.features[name], rows=list(commit.good))
     order = np.argsort(np.concatenate([kept, np.array(list(commit.good), np.int64)]))
     crcs = {int(row): int(seen[row - first]) for row in kept} | {r: view_crc(v) for r, v in commit.good.items()}
