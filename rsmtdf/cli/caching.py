@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from rsmtdf.cli.workspace import Source, Workspace, held_out_of, held_out_record
 from rsmtdf.config import Experiment, TeacherConfig
 from rsmtdf.data.splits import summary as split_summary
 from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
+from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import STREAMS, Teacher
 from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Amounts, Plan, make_plan, resolve_amounts
+from rsmtdf.store import places
 from rsmtdf.store.codecs import CODECS, bytes_per_view
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.registry import build_teacher, describe, resolve_source
@@ -40,7 +41,7 @@ class CacheJob:
     workspace: Workspace
     sources: Mapping[str, TeacherSource]
     plan: Plan
-    out: Path
+    out: StorePath
     store: FeatureStore | None
     """The existing store, if there is one."""
 
@@ -91,7 +92,7 @@ def _entry(teacher: TeacherConfig) -> dict[str, Any]:
     return entry
 
 
-def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float | None = None) -> CacheJob:
+def plan_cache(source: Source, *, root: Path, out: StorePath, seconds_per_view: float | None = None) -> CacheJob:
     """Scans the data and says what stage 1 would do. Writes nothing.
 
     Raises:
@@ -108,7 +109,7 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
     codec = _known_codec(experiment.cache.codec)
     facts = {name: describe(s, student_grid=grid) for name, s in sources.items()}
     sizes = {name: bytes_per_view(codec, f.tokens, f.dim) for name, f in facts.items()}
-    free = shutil.disk_usage(_existing_parent(out)).free
+    free = places.free_bytes(out)
     pool, labelled = workspace.pool, workspace.labelled
     have = stage.covered(store)
 
@@ -139,12 +140,12 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
         new_views=_pending(store, list(sources)) + growth,
         new_features={name: n + growth for name, n in pending.items()},
         bytes_per_view=sizes,
-        stored_bytes=sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if store else 0,
+        stored_bytes=sum(places.sizes(out)) if store else 0,
         shard_views=store.shard_views if store else SHARD_VIEWS,
         free_bytes=free,
         seconds_per_view=seconds_per_view,
     )
-    if plan.new_bytes > free:
+    if free is not None and plan.new_bytes > free:
         raise ConfigError(
             f"{out} would need {plan.new_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there; "
             f"use another disk (--out), fewer --seeds or fewer --weak-views"
@@ -270,7 +271,7 @@ def _all_tiles(workspace: Workspace) -> dict[str, Any]:
     return {t.id: t for t in workspace.dataset.tiles()}
 
 
-def _existing(out: Path, experiment: Experiment) -> FeatureStore | None:
+def _existing(out: StorePath, experiment: Experiment) -> FeatureStore | None:
     try:
         store = FeatureStore.open(out, writable=True)
     except StoreNotFound:
@@ -300,13 +301,6 @@ def _known_codec(name: str) -> str:
     if name not in CODECS:
         raise ConfigError(f"codec {name} is not available yet; there is: {', '.join(CODECS)}")
     return name
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _pace(teachers: Mapping[str, Teacher], experiment: Experiment, views: Mapping[str, int]) -> str:

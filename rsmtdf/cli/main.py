@@ -20,12 +20,14 @@ from rsmtdf.cli.options import (
     Root,
     Seeds,
     Set,
+    StoreOut,
     TeacherNames,
     WeakViews,
 )
 from rsmtdf.cli.store_commands import cache_app
 from rsmtdf.cli.terminal import log_to_stderr, say, show
 from rsmtdf.errors import RsmtdfError
+from rsmtdf.objects import store_path
 
 app = typer.Typer(
     name="rsmtdf",
@@ -45,7 +47,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(configs_app, name="configs")
 app.add_typer(teachers_app, name="teachers")
 
-Out = Annotated[Path, typer.Option("--out", help="The feature store.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, as train made it.")]
 
 
@@ -55,7 +56,7 @@ def plan(
     config: ConfigFile = None,
     root: Root = None,
     labels: Labels = None,
-    out: Out = Path("feats.zarr"),
+    out: StoreOut = "feats.zarr",
     seeds: Seeds = None,
     weak_views: WeakViews = None,
     teacher: TeacherNames = None,
@@ -78,7 +79,7 @@ def cache_features(
     config: ConfigFile = None,
     root: Root = None,
     labels: Labels = None,
-    out: Out = Path("feats.zarr"),
+    out: StoreOut = "feats.zarr",
     seeds: Seeds = None,
     weak_views: WeakViews = None,
     teacher: TeacherNames = None,
@@ -116,7 +117,10 @@ def cache_features(
 
 @app.command("train")
 def train(
-    cache: Annotated[Path, typer.Option("--cache", help="The feature store of stage 1.")],
+    cache: Annotated[
+        Any,
+        typer.Option("--cache", metavar="STORE", parser=store_path, help="The feature store of stage 1."),
+    ],
     method: Annotated[str | None, typer.Option("--method", help="rs-mtdf, fixmatch or supervised.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="paper (as published) or practical.")] = None,
     labels: Labels = None,

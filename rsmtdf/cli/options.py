@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from rsmtdf.objects import store_path
+
+StoreOut = Annotated[
+    Any,
+    typer.Option("--out", metavar="STORE", parser=store_path, help="The feature store: a folder or s3://bucket/name."),
+]
+StoreIn = Annotated[
+    Any,
+    typer.Argument(metavar="STORE", parser=store_path, help="A feature store: a folder or s3://bucket/name."),
+]
 DatasetName = Annotated[
     str | None, typer.Option("--dataset", help="A shipped configuration by name (rsmtdf configs ls).")
 ]

@@ -20,6 +20,7 @@ from rsmtdf.config import Experiment
 from rsmtdf.errors import CheckpointError, ConfigError
 from rsmtdf.learning.run import RunFolder
 from rsmtdf.learning.sampler import Schedule
+from rsmtdf.store import places
 from rsmtdf.store.store import FeatureStore
 
 FREE = ("root", "cache.", "train.workers")
@@ -129,7 +130,7 @@ def run_record(workspace: Workspace, store: FeatureStore, schedule: Schedule, *,
     """What a new run writes into its config.json."""
     return {
         **workspace.source.as_dict(),
-        "store": {"path": str(store.path.resolve()), "identity": store.identity, "rows": store.n_rows},
+        "store": {"path": places.absolute(store.path), "identity": store.identity, "rows": store.n_rows},
         "root": str(workspace.dataset.root.resolve()),
         "mode": {"teachers": mode.teachers, "through_codec": mode.through_codec},
         "left_out": list(workspace.left_out),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from rsmtdf.cli.options import Json
+from rsmtdf.cli.options import Json, StoreIn
 from rsmtdf.cli.terminal import show
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look into a feature store, and take care of it.")
 
-Store = Annotated[Path, typer.Argument(help="A feature store.")]
-
 
 @cache_app.command("info")
-def cache_info(store: Store, as_json: Json = False) -> None:
+def cache_info(store: StoreIn, as_json: Json = False) -> None:
     """What a store holds: views by stream and seed, teachers, completeness, sizes, identity."""
     from rsmtdf.cli.stores import store_info
 
@@ -25,7 +20,7 @@ def cache_info(store: Store, as_json: Json = False) -> None:
 
 
 @cache_app.command("repair")
-def cache_repair(store: Store, as_json: Json = False) -> None:
+def cache_repair(store: StoreIn, as_json: Json = False) -> None:
     """Check every stored byte, and mark what is damaged to be computed again. Exit code 1 if anything was.
 
     It recomputes nothing: afterwards, run cache-features as when the store was made.

@@ -33,6 +33,7 @@ from rsmtdf.learning.budget import parse_budget
 from rsmtdf.learning.methods import METHODS
 from rsmtdf.learning.run import RunFolder, next_run_path, point_latest
 from rsmtdf.learning.sampler import Schedule
+from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import FeatureSource, to_dict
 from rsmtdf.stages import cache as cache_stage
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 class TrainOptions:
     """What the command line says, besides the store's own experiment."""
 
-    cache: Path
+    cache: StorePath
     config: Path | None = None
     root: Path | None = None
     labels: str | None = None

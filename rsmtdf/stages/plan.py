@@ -44,7 +44,8 @@ class Plan:
     store_bytes: int
     new_bytes: int
     new_files: int
-    free_bytes: int
+    free_bytes: int | None
+    """None: no limit is known (object stores)."""
     seconds_per_view: float | None
     """All teachers together, measured on this device; None: not measured."""
     epochs_to_break_even: float
@@ -61,13 +62,14 @@ class Plan:
         streams = " + ".join(f"{n:,} {stream}" for stream, n in self.views.items() if n)
         per_view = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in self.bytes_per_view.items())
         store = f"store {self.store_bytes / GB:.2f} GB, about {self.new_files:,} files"
+        free = "no limit known there" if self.free_bytes is None else f"{self.free_bytes / GB:.1f} GB free"
         time = "not measured" if self.hours is None else _duration(self.hours * 3600)
         return "\n".join(
             [
                 f"tiles      {self.pool_tiles:,} in the pool, {self.labelled_tiles:,} labelled",
                 f"views      {streams} = {sum(self.views.values()):,}; {self.new_views:,} to compute",
                 f"per view   {per_view}",
-                f"disk       {self.new_bytes / GB:.2f} GB to write ({store}); {self.free_bytes / GB:.1f} GB free",
+                f"disk       {self.new_bytes / GB:.2f} GB to write ({store}); {free}",
                 f"time       {time}",
                 f"pays off   after {self.epochs_to_break_even:.1f} epochs against teachers in every training step",
             ]
@@ -81,7 +83,7 @@ def resolve_amounts(
     pool: int,
     labelled: int,
     bytes_per_view: Mapping[str, int],
-    free_bytes: int,
+    free_bytes: int | None,
     done_bytes: int = 0,
     missing: Callable[[Amounts], int] | None = None,
 ) -> Amounts:
@@ -89,6 +91,7 @@ def resolve_amounts(
 
     Args:
         bytes_per_view: of each teacher in the chosen codec.
+        free_bytes: on the disk; None: no limit is known, so without `max_gb` everything fits.
         done_bytes: features of these teachers that the store has; the space they take counts as available, since they
             are not made again.
         missing: how many views the store would have to grow by; None: there is no store. What it holds already, or was
@@ -98,7 +101,8 @@ def resolve_amounts(
         ConfigError: `seeds: auto` and fewer than three fit; the message prices the ways out.
     """
     size = sum(bytes_per_view.values())
-    budget = cache.max_gb * GB if cache.max_gb is not None else (free_bytes + done_bytes) / 2
+    fitted = math.inf if free_bytes is None else (free_bytes + done_bytes) / 2
+    budget = fitted if cache.max_gb is None else cache.max_gb * GB
     steps = train.steps if train.epochs is None else None
 
     def asked(a: Amounts) -> int:
@@ -134,7 +138,7 @@ def make_plan(
     bytes_per_view: Mapping[str, int],
     stored_bytes: int,
     shard_views: int,
-    free_bytes: int,
+    free_bytes: int | None,
     seconds_per_view: float | None = None,
 ) -> Plan:
     """The plan to bring a store of `stored_bytes` to `views`; see `Plan` for the terms."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, cast
 
 import numpy as np
 
 from rsmtdf.errors import StoreCorrupt, StoreError
-from rsmtdf.files import write_whole
+from rsmtdf.objects import StorePath
 from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.places import put, read_each, zarr_source
 
 METADATA = "zarr.json"
 CRC_BYTES = 4
@@ -79,13 +80,17 @@ def default_fill(dtype: str) -> float | int:
     return float("nan") if np.dtype(dtype).kind == "f" else 0
 
 
-def write_metadata(node: Path, metadata: Mapping[str, Any]) -> None:
+def write_metadata(node: StorePath, metadata: Mapping[str, Any]) -> None:
     """Writes `node`/zarr.json, atomically and durably; the folder is made where missing."""
-    node.mkdir(parents=True, exist_ok=True)
-    write_whole(node / METADATA, json.dumps(metadata, indent=1).encode())
+    put(node / METADATA, metadata_bytes(metadata))
 
 
-def read_metadata(node: Path) -> dict[str, Any]:
+def metadata_bytes(metadata: Mapping[str, Any]) -> bytes:
+    """The content of a `zarr.json`: equal metadata are equal bytes, so that any changed byte can be told."""
+    return json.dumps(metadata, indent=1).encode()
+
+
+def read_metadata(node: StorePath) -> dict[str, Any]:
     """The parsed `node`/zarr.json.
 
     Raises:
@@ -103,7 +108,7 @@ def read_metadata(node: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
-def set_length(node: Path, length: int) -> None:
+def set_length(node: StorePath, length: int) -> None:
     """Sets the first dimension of the array at `node`, in its metadata only; a no-op where it already is so."""
     metadata = read_metadata(node)
     if not metadata.get("shape"):
@@ -119,11 +124,11 @@ def same_layout(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     return all(found.get(k) == expected[k] for k in keys) and found.get("shape", [])[1:] == expected["shape"][1:]
 
 
-def damaged(file: Path, what: str) -> StoreCorrupt:
+def damaged(file: StorePath | PurePath, what: str) -> StoreCorrupt:
     """The error for damage outside features and status words, which nothing can recompute in place."""
     return StoreCorrupt(
-        f"store file {file}: {what}; nothing was read from it. Restore this file from a copy of the store, "
-        "or write the store anew with: rsmtdf cache-features"
+        f"store file {file}: {what}; nothing was read from it. rsmtdf cache repair puts it right where the store has "
+        "a second copy of it; else restore this file from a copy of the store, or write the store anew"
     )
 
 
@@ -133,7 +138,7 @@ def encode_chunk(values: np.ndarray) -> bytes:
     return raw + crc32c(raw).to_bytes(CRC_BYTES, "little")
 
 
-def decode_chunk(blob: bytes, *, dtype: str, length: int, file: Path) -> np.ndarray:
+def decode_chunk(blob: bytes, *, dtype: str, length: int, file: StorePath) -> np.ndarray:
     """The values of a stored chunk.
 
     Raises:
@@ -157,7 +162,7 @@ class PlainArray:
     chunk files are always of full size, whatever the shape.
     """
 
-    path: Path
+    path: StorePath
     dtype: str
     chunk: int
     dim: str
@@ -166,7 +171,7 @@ class PlainArray:
     def metadata(self, length: int) -> dict[str, Any]:
         return array_metadata(shape=(length,), dtype=self.dtype, chunk=(self.chunk,), dims=(self.dim,), fill=self.fill)
 
-    def chunk_file(self, k: int) -> Path:
+    def chunk_file(self, k: int) -> StorePath:
         return self.path / f"c.{k}"
 
     def replace_tail(self, values: np.ndarray, *, keep: int) -> None:
@@ -180,12 +185,11 @@ class PlainArray:
         head = self.read(keep, first_chunk=first) if keep % self.chunk else np.empty(0, self.dtype)
         rest = np.concatenate([head, values.astype(self.dtype, casting="safe")])
         fill = default_fill(self.dtype) if self.fill is None else self.fill
-        self.path.mkdir(parents=True, exist_ok=True)
         for offset in range(0, len(rest), self.chunk):
             block = np.full(self.chunk, fill, dtype=self.dtype)
             part = rest[offset : offset + self.chunk]
             block[: len(part)] = part
-            write_whole(self.chunk_file(first + offset // self.chunk), encode_chunk(block))
+            put(self.chunk_file(first + offset // self.chunk), encode_chunk(block))
         write_metadata(self.path, self.metadata(keep + len(values)))
 
     def read(self, length: int, *, first_chunk: int = 0) -> np.ndarray:
@@ -199,12 +203,11 @@ class PlainArray:
         if not same_layout(found, self.metadata(length)):
             return self._read_zarr(found, start, length)
         out = np.empty(max(length - start, 0), dtype=self.dtype)
-        for offset in range(0, len(out), self.chunk):
-            file = self.chunk_file((start + offset) // self.chunk)
-            try:
-                blob = file.read_bytes()
-            except FileNotFoundError:
-                raise damaged(file, "is missing") from None
+        offsets = range(0, len(out), self.chunk)
+        files = [self.chunk_file((start + offset) // self.chunk) for offset in offsets]
+        for offset, file, blob in zip(offsets, files, read_each(files), strict=True):
+            if blob is None:
+                raise damaged(file, "is missing")
             block = decode_chunk(blob, dtype=self.dtype, length=self.chunk, file=file)
             out[offset : offset + self.chunk] = block[: len(out) - offset]
         return out
@@ -216,7 +219,7 @@ class PlainArray:
         import zarr
 
         try:
-            values = zarr.open_array(self.path, mode="r")[start:length]
+            values = zarr.open_array(zarr_source(self.path), mode="r")[start:length]
         except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
             raise damaged(self.path / METADATA, f"zarr-python cannot read the array ({error})") from error
         return np.asarray(values, dtype=self.dtype)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from rsmtdf.errors import StoreError, StoreMismatch
-from rsmtdf.files import write_whole
+from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.manifest import signed
+from rsmtdf.store.places import put
 from rsmtdf.store.segments import padded
 from rsmtdf.store.shards import shard_name, write_shard_file
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crc_of, state_of, word
@@ -71,6 +73,7 @@ def commit_shard(
             note = {"shard": shard, "views": len(present), "bytes": n, "skipped": _text_keys(skipped), **provenance}
             _write_note(store.path, name, shard, note)
             written += n
+        store.claims.require_held()
         if not np.array_equal(view_words, old_words):
             _break_seal(store, views, shard)
             views.write_shard(shard, view_words)
@@ -81,8 +84,8 @@ def commit_shard(
             raise
         raise StoreError(
             f"shard {shard} of feature store {store.path} could not be written: {error.strerror} "
-            f"({error.filename or 'temporary file'}); it stays undone, what was committed before is untouched. "
-            "Free space or fix the disk, then run the same command again: it goes on from here"
+            f"({error.filename or 'temporary file'}); nothing half-written counts, what was committed before is "
+            "untouched. Free space or fix the disk, then run the same command again: it goes on from here"
         ) from error
     return written
 
@@ -176,10 +179,9 @@ def _check_pixels(store: FeatureStore, old: Mapping[int, int], view_crcs: Mappin
             )
 
 
-def _write_note(path: Path, teacher: str, shard: int, note: Mapping[str, Any]) -> None:
-    folder = path / "provenance" / teacher
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / f"{shard}.json", json.dumps(note, default=str).encode())
+def _write_note(path: StorePath, teacher: str, shard: int, note: Mapping[str, Any]) -> None:
+    plain = json.loads(json.dumps(note, default=str))
+    put(path / "provenance" / teacher / f"{shard}.json", json.dumps(signed(plain)).encode())
 
 
 def _text_keys(skipped: Mapping[int, str]) -> dict[str, str]:
@@ -188,6 +190,8 @@ def _text_keys(skipped: Mapping[int, str]) -> dict[str, str]:
 
 def clean_partials(store: FeatureStore) -> int:
     """Removes temporary files of writers that died; see `FeatureStore.clean_partials`."""
+    if isinstance(store.path, ObjectPath):
+        return 0  # a put that was cut short leaves nothing
     removed = 0
     for file in store.path.rglob("*.partial"):
         shard = _shard_of(file)

@@ -13,26 +13,27 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from rsmtdf.errors import StoreError
 from rsmtdf.files import PARTIAL, fsync_dir
+from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.specs import STREAMS, DatasetSpec, Stream, ViewRecipe
 from rsmtdf.store.arrays import PlainArray, array_metadata, chunk_length, group_metadata, set_length, write_metadata
-from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, library_versions
+from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, commit_first, library_versions
 from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, plan_growth, view_keys
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import StoredTeacher, resize_teacher
 from rsmtdf.store.tiles import write_tiles
 
-LOCK_FILE = Path("provenance", "locks")
+LOCK_FILE = PurePosixPath("provenance/locks")
 
 
 def make_store(
-    path: Path,
+    path: StorePath,
     *,
     recipe: ViewRecipe,
     dataset: DatasetSpec,
@@ -49,7 +50,7 @@ def make_store(
         f"cannot make a feature store at {path}: something is there already. If another process has just made a store "
         "there, run the same command again to go on with it; otherwise choose another path"
     )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if _is_taken(path):
         raise StoreError(taken)
     if shard_views < 1:
         raise StoreError(f"a shard must hold at least 1 view, not {shard_views}")
@@ -67,33 +68,55 @@ def make_store(
         columns={},
         teachers={},
     )
-    building = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        building.mkdir(parents=True)
-        for group in ("tiles", "views", "teachers"):
-            write_metadata(building / group, group_metadata())
-        # A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays.
-        notes = array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",))
-        write_metadata(building / "provenance", notes)
-        (building / LOCK_FILE).touch()
-        status = StatusArray(path=building / "views" / "status", shard_views=shard_views)
-        write_metadata(status.path, status.metadata(0))
-        tiles = write_tiles(building, tiles, old=(), new=())
-        commit(building, dataclasses.replace(manifest, tiles=tiles))
-        os.rename(building, path)  # noqa: PTH104 - Path.rename would also replace a file
-        fsync_dir(path.parent)
+        if isinstance(path, ObjectPath):
+            # The root's metadata come last, and only where nobody else has put theirs meanwhile.
+            if not commit_first(path, _write_nodes(path, manifest)):
+                raise StoreError(taken)
+        else:
+            _make_folder(path, manifest)
     except (TypeError, ValueError) as error:
         raise StoreError(f"the experiment's settings are no JSON data ({error}); {path} was not made") from error
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise StoreError(taken) from error
         raise StoreError(f"cannot make a feature store at {path}: {error.strerror}; nothing is left there") from error
+
+
+def _is_taken(path: StorePath) -> bool:
+    if isinstance(path, ObjectPath):
+        # What a creation that was cut short left behind is the same as what is written now.
+        return bool(set(path.names()) - {"tiles", "views", "teachers", "provenance"})
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def _make_folder(path: Path, manifest: Manifest) -> None:
+    """Makes the store beside `path` and renames it, so that it appears whole."""
+    building = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        building.mkdir(parents=True)
+        manifest = _write_nodes(building, manifest)
+        (building / LOCK_FILE).touch()
+        commit(building, manifest)
+        os.rename(building, path)  # noqa: PTH104 - Path.rename would also replace a file
+        fsync_dir(path.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def _write_nodes(path: StorePath, manifest: Manifest) -> Manifest:
+    """Writes everything of an empty store but the root's metadata, which the manifest returned is for."""
+    for group in ("tiles", "views", "teachers"):
+        write_metadata(path / group, group_metadata())
+    # A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays.
+    write_metadata(path / "provenance", array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",)))
+    status = StatusArray(path=path / "views" / "status", shard_views=manifest.shard_views)
+    write_metadata(status.path, status.metadata(0))
+    return dataclasses.replace(manifest, tiles=write_tiles(path, manifest.tiles, old=(), new=()))
+
+
 def grow_store(
-    path: Path,
+    path: StorePath,
     manifest: Manifest,
     new: Sequence[NewSegment],
     *,
@@ -155,7 +178,7 @@ def grow_store(
     return grown
 
 
-def settle(path: Path, manifest: Manifest, teachers: Mapping[str, StoredTeacher]) -> None:
+def settle(path: StorePath, manifest: Manifest, teachers: Mapping[str, StoredTeacher]) -> None:
     """Sets every array's length to the committed one, where a change that was cut short left it longer.
 
     Our own reader looks at the manifest only; this is for other Zarr readers, to which all arrays must agree.
@@ -169,7 +192,7 @@ def settle(path: Path, manifest: Manifest, teachers: Mapping[str, StoredTeacher]
         resize_teacher(teacher, manifest.n_rows)
 
 
-def column_array(path: Path, name: str, column: Column) -> PlainArray:
+def column_array(path: StorePath, name: str, column: Column) -> PlainArray:
     return PlainArray(
         path=path / "views" / name, dtype=column.dtype, chunk=column.chunk, dim="view", fill=HOLE_FILL.get(name)
     )
@@ -179,7 +202,9 @@ def column_sha256(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
-def _append_column(path: Path, manifest: Manifest, name: str, values: np.ndarray, old: np.ndarray | None) -> Column:
+def _append_column(
+    path: StorePath, manifest: Manifest, name: str, values: np.ndarray, old: np.ndarray | None
+) -> Column:
     """Writes a column's new rows and returns its new entry; a column the store did not have is filled before them."""
     keep = manifest.n_rows
     entry = manifest.columns.get(name)

@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rsmtdf.errors import StoreError
 
@@ -34,8 +34,28 @@ _BUSY = (errno.EAGAIN, errno.EACCES)
 _POLL_S = 0.05
 
 
+class Locks(Protocol):
+    """Ownership in one store, wherever it lies."""
+
+    def mutex(self, *, timeout_s: float) -> contextlib.AbstractContextManager[None]:
+        """Holds the store's mutex, waiting for it at most `timeout_s`."""
+        ...
+
+    def claim(self, shards: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """Owns `shards` alone, all or none."""
+        ...
+
+    def all_shards(self, *, purpose: str) -> contextlib.AbstractContextManager[None]:
+        """Owns every shard there is or will be; `purpose` is a verb for messages."""
+        ...
+
+    def require_held(self) -> None:
+        """Passes while everything taken is still this process's; called before each commit."""
+        ...
+
+
 class StoreLocks:
-    """The locks of one store. Slot 0 is the store's mutex, slot k + 1 the claim on shard k."""
+    """The locks of a store on a disk. Slot 0 is the store's mutex, slot k + 1 the claim on shard k."""
 
     def __init__(self, *, store: Path, file: Path) -> None:
         self._store = store
@@ -90,6 +110,9 @@ class StoreLocks:
                     "wait until it has finished, or stop that process"
                 )
             yield
+
+    def require_held(self) -> None:
+        """Passes: the kernel takes no lock from a living process."""
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:

@@ -11,12 +11,13 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, cast
 
 from rsmtdf.errors import StoreError, StoreNotFound
+from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.specs import DatasetSpec, ViewRecipe, digest, from_dict, to_dict
-from rsmtdf.store.arrays import METADATA, damaged, group_metadata, read_metadata, write_metadata
+from rsmtdf.store.arrays import METADATA, damaged, group_metadata, metadata_bytes, read_metadata, write_metadata
 from rsmtdf.store.segments import Segment
 
 FORMAT = 1
@@ -103,12 +104,17 @@ def identity_fields(recipe: ViewRecipe, dataset: DatasetSpec) -> dict[str, Any]:
     return {"recipe": to_dict(recipe), "pixels": dataset.pixel_fields()}
 
 
-def commit(path: Path, manifest: Manifest) -> None:
+def commit(path: StorePath, manifest: Manifest) -> None:
     """Makes `manifest` the store's state: the last step of every change, and the only one that shows."""
     write_metadata(path, group_metadata({KEY: manifest.to_json()}))
 
 
-def load(path: Path) -> Manifest:
+def commit_first(path: ObjectPath, manifest: Manifest) -> bool:
+    """As `commit`, where there is no store yet; False if somebody has made one meanwhile."""
+    return (path / METADATA).create(metadata_bytes(group_metadata({KEY: manifest.to_json()}))) is not None
+
+
+def load(path: StorePath) -> Manifest:
     """The committed state of the store at `path`.
 
     Raises:
@@ -154,7 +160,7 @@ def signed(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, "digest": digest(dict(body))}
 
 
-def checked(data: Any, file: Path) -> dict[str, Any]:
+def checked(data: Any, file: StorePath | PurePath) -> dict[str, Any]:
     """`data` after comparing its digest.
 
     Raises:

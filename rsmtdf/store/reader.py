@@ -15,9 +15,11 @@ from typing import Any, Self
 import numpy as np
 
 from rsmtdf.errors import StoreCorrupt, StoreIncomplete
+from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import EncodedArray
+from rsmtdf.store.places import zarr_source
 from rsmtdf.store.shards import ShardDamage, ShardReader
 from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
@@ -60,7 +62,12 @@ class FeatureReader:
         for array in self.teacher.arrays:
             node = self.teacher.path / array.name
             found = read_metadata(node)
-            if _HAS_PREADV and not force_zarr and same_layout(found, self.teacher.array_metadata(array, store.n_rows)):
+            if (
+                isinstance(node, Path)
+                and _HAS_PREADV
+                and not force_zarr
+                and same_layout(found, self.teacher.array_metadata(array, store.n_rows))
+            ):
                 self._fast[array.name] = ShardReader(
                     node=node, dims=1 + len(array.shape), view_bytes=array.view_bytes, shard_views=store.shard_views
                 )
@@ -144,7 +151,7 @@ class FeatureReader:
         except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError, MemoryError) as error:
             raise self._corrupt(row, self.teacher.path / array.name, f"zarr-python cannot read it ({error})") from error
 
-    def _corrupt(self, row: int, file: Path, what: str) -> StoreCorrupt:
+    def _corrupt(self, row: int, file: StorePath, what: str) -> StoreCorrupt:
         return StoreCorrupt(
             f"feature store {self._store.path}, teacher {self.teacher.name!r}, view {self._store.describe(row)}, file "
             f"{file}: {what}. Nothing was trained on it; recompute what is damaged with: "
@@ -152,7 +159,7 @@ class FeatureReader:
         )
 
 
-def _open_zarr(store: FeatureStore, teacher: StoredTeacher, array: EncodedArray, node: Path) -> Any:
+def _open_zarr(store: FeatureStore, teacher: StoredTeacher, array: EncodedArray, node: StorePath) -> Any:
     """The array through zarr-python.
 
     Raises:
@@ -161,7 +168,7 @@ def _open_zarr(store: FeatureStore, teacher: StoredTeacher, array: EncodedArray,
     import zarr
 
     try:
-        opened = zarr.open_array(node, mode="r")
+        opened = zarr.open_array(zarr_source(node), mode="r")
     except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
         raise _bad_array(store, teacher, node, str(error)) from error
     if opened.shape[1:] != array.shape or opened.dtype != array.dtype or opened.shape[0] < store.n_rows:
@@ -170,7 +177,7 @@ def _open_zarr(store: FeatureStore, teacher: StoredTeacher, array: EncodedArray,
     return opened
 
 
-def _bad_array(store: FeatureStore, teacher: StoredTeacher, node: Path, what: str) -> StoreCorrupt:
+def _bad_array(store: FeatureStore, teacher: StoredTeacher, node: StorePath, what: str) -> StoreCorrupt:
     return StoreCorrupt(
         f"feature store {store.path}, teacher {teacher.name!r}, file {node / METADATA}: the metadata do not describe "
         f"its features ({what}). Restore the file from a copy, or write the store anew with: rsmtdf cache-features"

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rsmtdf.errors import StoreCorrupt
+from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
 from rsmtdf.store.commit import withdraw_shard
@@ -40,7 +40,7 @@ class TeacherDamage:
 class RepairReport:
     """What `repair` found and did."""
 
-    store: Path
+    store: StorePath
     teachers: dict[str, TeacherDamage]
     status: list[str] = field(default_factory=list)
     """Status files that were damaged, and what was done about each."""
@@ -67,7 +67,7 @@ class RepairReport:
         }
 
 
-def repair(path: Path, *, stop: StopFlag, progress: Callable[[int, int], None]) -> RepairReport:
+def repair(path: StorePath, *, stop: StopFlag, progress: Callable[[int, int], None]) -> RepairReport:
     """Checks the store at `path` and withdraws every shard that is damaged, each as soon as it is found.
 
     Args:
@@ -182,7 +182,7 @@ def _check_teacher(
                 )
 
 
-def _foreign_array(store: FeatureStore, teacher: StoredTeacher) -> Path | None:
+def _foreign_array(store: FeatureStore, teacher: StoredTeacher) -> StorePath | None:
     """The metadata of an array whose layout is not the store's own (an archive's, or damaged); None: all are."""
     for array in teacher.arrays:
         node = teacher.path / array.name

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rsmtdf.objects import StorePath
 from rsmtdf.specs import to_dict
+from rsmtdf.store.places import sizes
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 
 if TYPE_CHECKING:
@@ -87,18 +86,6 @@ def _per_seed(store: FeatureStore, state: np.ndarray) -> dict[str, dict[int, Pro
     return found
 
 
-def _bytes(folder: Path) -> int:
+def _bytes(folder: StorePath) -> int:
     """Bytes of all files below `folder`; files that vanish meanwhile (temporary ones) do not count."""
-    return sum(_sizes(folder))
-
-
-def _sizes(folder: Path) -> Iterator[int]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _sizes(Path(entry.path))
-                else:
-                    yield entry.stat(follow_symlinks=False).st_size
-            except FileNotFoundError:
-                continue
+    return sum(sizes(folder))

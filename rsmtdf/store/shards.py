@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rsmtdf.files import whole_file
+from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import CRC_BYTES
 from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.places import put
 
 ABSENT = 2**64 - 1
 _ENTRY = 16
@@ -29,7 +30,7 @@ class ShardDamage(Exception):
     """A view cannot be read from its shard file; the message says why. Callers turn it into `StoreCorrupt`."""
 
 
-def write_shard_file(file: Path, views: Sequence[np.ndarray | None]) -> tuple[int, list[int]]:
+def write_shard_file(file: StorePath, views: Sequence[np.ndarray | None]) -> tuple[int, list[int]]:
     """Writes a shard atomically and durably.
 
     Args:
@@ -41,21 +42,18 @@ def write_shard_file(file: Path, views: Sequence[np.ndarray | None]) -> tuple[in
     """
     index = np.full((len(views), 2), ABSENT, dtype="<u8")
     sums = [0] * len(views)
+    parts: list[bytes | np.ndarray] = []
     at = 0
-    with whole_file(file) as temporary, temporary.open("wb") as out:
-        for k, view in enumerate(views):
-            if view is None:
-                continue
-            data = np.ascontiguousarray(view, dtype=view.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-            sums[k] = crc32c(data)
-            out.write(data.data)
-            out.write(sums[k].to_bytes(CRC_BYTES, "little"))
-            index[k] = at, len(data) + CRC_BYTES
-            at += len(data) + CRC_BYTES
-        raw = index.tobytes()
-        out.write(raw + crc32c(raw).to_bytes(CRC_BYTES, "little"))
-        out.flush()
-    return at + len(raw) + CRC_BYTES, sums
+    for k, view in enumerate(views):
+        if view is None:
+            continue
+        data = np.ascontiguousarray(view, dtype=view.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+        sums[k] = crc32c(data)
+        parts += [data, sums[k].to_bytes(CRC_BYTES, "little")]
+        index[k] = at, len(data) + CRC_BYTES
+        at += len(data) + CRC_BYTES
+    raw = index.tobytes()
+    return put(file, *parts, raw + crc32c(raw).to_bytes(CRC_BYTES, "little")), sums
 
 
 def shard_name(shard: int, dims: int) -> str:

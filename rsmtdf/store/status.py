@@ -7,18 +7,17 @@ replacement of one small file, written last. The words of finished segments are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rsmtdf.errors import StoreCorrupt
-from rsmtdf.files import fsync_dir, write_whole
+from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import array_metadata, damaged, decode_chunk, encode_chunk
 from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.places import names, put, read_each, remove
 
 TODO, DONE, SKIPPED, HOLE = 0, 1, 2, 3
 """States: not there yet; committed; skipped (a tile of its pair did not open); no view at all."""
@@ -44,17 +43,17 @@ def crc_of(words: np.ndarray) -> np.ndarray:
 class StatusArray:
     """The status words of the views, or of one teacher's features."""
 
-    path: Path
+    path: StorePath
     shard_views: int
 
     def metadata(self, n_rows: int) -> dict[str, Any]:
         return array_metadata(shape=(n_rows,), dtype="uint64", chunk=(self.shard_views,), dims=("view",))
 
-    def chunk_file(self, shard: int) -> Path:
+    def chunk_file(self, shard: int) -> StorePath:
         return self.path / f"c.{shard}"
 
     @property
-    def sealed_file(self) -> Path:
+    def sealed_file(self) -> StorePath:
         return self.path / "sealed"
 
     def read_shard(self, shard: int) -> np.ndarray:
@@ -63,11 +62,13 @@ class StatusArray:
         Raises:
             StoreCorrupt: the chunk file is damaged.
         """
-        file = self.chunk_file(shard)
-        try:
-            blob = file.read_bytes()
-        except FileNotFoundError:
+        (blob,) = read_each([self.chunk_file(shard)])
+        return self._decode(shard, blob)
+
+    def _decode(self, shard: int, blob: bytes | None) -> np.ndarray:
+        if blob is None:
             return np.zeros(self.shard_views, np.uint64)
+        file = self.chunk_file(shard)
         try:
             return decode_chunk(blob, dtype="uint64", length=self.shard_views, file=file)
         except StoreCorrupt as error:
@@ -75,7 +76,7 @@ class StatusArray:
 
     def write_shard(self, shard: int, words: np.ndarray) -> None:
         """Commits one shard's words, durably. `unseal` first where the shard `is_sealed`."""
-        write_whole(self.chunk_file(shard), encode_chunk(words.astype(np.uint64)))
+        put(self.chunk_file(shard), encode_chunk(words.astype(np.uint64)))
 
     def is_sealed(self, shard: int) -> bool:
         first = shard * self.shard_views
@@ -102,9 +103,9 @@ class StatusArray:
             if stop <= n_rows:
                 words[start:stop] = part
                 sealed[start // per : stop // per] = True
-        for shard in self._shards_on_disk():
-            if shard < len(sealed) and not sealed[shard]:
-                words[shard * per : (shard + 1) * per] = self.read_shard(shard)
+        shards = [k for k in self._shards_on_disk() if k < len(sealed) and not sealed[k]]
+        for shard, blob in zip(shards, read_each([self.chunk_file(k) for k in shards]), strict=True):
+            words[shard * per : (shard + 1) * per] = self._decode(shard, blob)
         return words
 
     def seal(self, ranges: Iterable[tuple[int, int]], n_rows: int) -> None:
@@ -124,8 +125,7 @@ class StatusArray:
         try:
             self._read_sealed()
         except StoreCorrupt:
-            self.sealed_file.unlink()
-            fsync_dir(self.path)
+            remove(self.sealed_file)
             return True
         return False
 
@@ -158,18 +158,13 @@ class StatusArray:
         return rewritten, lost
 
     def _shards_on_disk(self) -> list[int]:
-        try:
-            with os.scandir(self.path) as entries:
-                names = [e.name for e in entries]
-        except FileNotFoundError:
-            return []
-        return [int(n[2:]) for n in names if n.startswith("c.") and n[2:].isdigit()]
+        return [int(n[2:]) for n in names(self.path) if n.startswith("c.") and n[2:].isdigit()]
 
     def _write_sealed(self, parts: dict[tuple[int, int], np.ndarray]) -> None:
         ranges = np.array(sorted(parts), dtype="<u8").reshape(-1, 2)
         body = _MAGIC + len(ranges).to_bytes(8, "little") + ranges.tobytes()
         body += b"".join(parts[r].astype("<u8").tobytes() for r in sorted(parts))
-        write_whole(self.sealed_file, body + crc32c(body).to_bytes(4, "little"))
+        put(self.sealed_file, body + crc32c(body).to_bytes(4, "little"))
 
     def _read_sealed(self) -> dict[tuple[int, int], np.ndarray]:
         try:

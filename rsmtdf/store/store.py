@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rsmtdf.errors import StoreError, StoreIncomplete, StoreMismatch
+from rsmtdf.objects import ObjectPath, StorePath, store_path
 from rsmtdf.specs import DatasetSpec, FeatureSpec, Stream, ViewRecipe
 from rsmtdf.store import commit, report
 from rsmtdf.store.arrays import damaged
@@ -29,7 +29,7 @@ from rsmtdf.store.growth import (
     make_store,
     settle,
 )
-from rsmtdf.store.locks import StoreLocks
+from rsmtdf.store.locks import Locks, StoreLocks
 from rsmtdf.store.manifest import Manifest, differences, identity_fields, load
 from rsmtdf.store.manifest import commit as commit_manifest
 from rsmtdf.store.segments import STRUCTURE, NewSegment, Segment
@@ -37,6 +37,7 @@ from rsmtdf.store.statistics import Moments
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of, word
 from rsmtdf.store.stored_teacher import StoredTeacher, load_teacher, write_teacher
 from rsmtdf.store.tiles import TileIds, read_tiles
+from rsmtdf.store.twins import keep_twins
 
 SHARD_VIEWS = 64
 """Views per file: 135 MB of fp16 DINOv2-B features, and 16 000 files for 10^6 views."""
@@ -50,11 +51,11 @@ class FeatureStore:
     Rows number views and holes alike, 0..n_rows-1; `rows_of_shard`, `rows` and the segments tell the views.
     """
 
-    def __init__(self, *, path: Path, manifest: Manifest, writable: bool) -> None:
+    def __init__(self, *, path: StorePath, manifest: Manifest, writable: bool) -> None:
         """Use `create` or `open`."""
         self.path = path
         self.writable = writable
-        self.claims = StoreLocks(store=path, file=path / LOCK_FILE)
+        self.claims = _locks(path)
         self._changing = threading.RLock()
         self._depth = 0
         self._owned: list[int] = []
@@ -66,7 +67,7 @@ class FeatureStore:
     @classmethod
     def create(
         cls,
-        path: Path | str,
+        path: StorePath | str,
         *,
         recipe: ViewRecipe,
         dataset: DatasetSpec,
@@ -77,7 +78,7 @@ class FeatureStore:
         """An empty, writable store at `path`, with no views and no teachers.
 
         Args:
-            path: does not exist yet, or is an empty folder.
+            path: does not exist yet, or is an empty folder; a folder of this machine, or a URL (`s3://bucket/key`).
             recipe: how views are made.
             dataset: as resolved (bands and scaling filled in).
             data_root: where the images are; tile ids are relative to it.
@@ -87,7 +88,7 @@ class FeatureStore:
         Raises:
             StoreError: something is at `path`, or it cannot be written.
         """
-        path = Path(path)
+        path = store_path(path)
         make_store(
             path,
             recipe=recipe,
@@ -96,10 +97,12 @@ class FeatureStore:
             experiment=experiment,
             shard_views=shard_views,
         )
-        return cls.open(path, writable=True)
+        store = cls.open(path, writable=True)
+        keep_twins(path, store._manifest)
+        return store
 
     @classmethod
-    def open(cls, path: Path | str, *, writable: bool = False) -> FeatureStore:
+    def open(cls, path: StorePath | str, *, writable: bool = False) -> FeatureStore:
         """The store at `path`. With `writable`, what a change that was cut short left behind is put in order.
 
         Raises:
@@ -107,7 +110,7 @@ class FeatureStore:
             StoreCorrupt: its metadata is damaged.
             StoreError: its format is of another version.
         """
-        path = Path(path)
+        path = store_path(path)
         store = cls(path=path, manifest=load(path), writable=writable)
         if writable:
             # Somebody who is changing it right now will leave it in order.
@@ -392,6 +395,7 @@ class FeatureStore:
                     on_step=on_step,
                 )
                 self._adopt(grown)
+            keep_twins(self.path, grown)
         return self.segments[before:]
 
     def add_teacher(
@@ -531,6 +535,7 @@ class FeatureStore:
         changed = dataclasses.replace(self._manifest, **changes)
         commit_manifest(self.path, changed)
         self._adopt(changed)
+        keep_twins(self.path, changed)
 
     def _todo(self, teachers: Sequence[str], *, retry_skipped: bool) -> np.ndarray:
         """bool [n_rows]: views that are not finished."""
@@ -548,3 +553,9 @@ class FeatureStore:
     def _require_writable(self) -> None:
         if not self.writable:
             raise StoreError(f"feature store {self.path} is open for reading; open it with writable=True to change it")
+
+
+def _locks(path: StorePath) -> Locks:
+    if isinstance(path, ObjectPath):
+        raise StoreError(f"{path}: feature stores on object storage cannot be opened yet")
+    return StoreLocks(store=path, file=path / LOCK_FILE)

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from rsmtdf.errors import StoreError
+from rsmtdf.objects import StorePath
 from rsmtdf.specs import FeatureSpec, from_dict, to_dict
 from rsmtdf.store.arrays import (
     METADATA,
@@ -30,6 +30,8 @@ from rsmtdf.store.manifest import KEY, checked, differences, signed
 from rsmtdf.store.status import StatusArray
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_TAKEN = ("locks", "mutex", "claims", "twins")
+"""Names in `provenance`, where each teacher's notes have a folder."""
 _STATISTICS = ("channel_mean", "channel_std")
 
 
@@ -37,7 +39,7 @@ _STATISTICS = ("channel_mean", "channel_std")
 class StoredTeacher:
     """One teacher of a store. `mean` and `std` are float32 [dim], as measured (`std` not clamped)."""
 
-    path: Path
+    path: StorePath
     spec: FeatureSpec
     codec: str
     shard_views: int
@@ -123,8 +125,11 @@ def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
         StoreError: its name cannot be a folder, or its statistics do not fit its width.
     """
     name, path = teacher.name, teacher.path
-    if not _NAME.fullmatch(name):
-        raise StoreError(f"teacher name {name!r} cannot be a folder; use letters, digits, '.', '_' and '-'")
+    if not _NAME.fullmatch(name) or name in _TAKEN:
+        raise StoreError(
+            f"teacher name {name!r} cannot be a folder of a store; use letters, digits, '.', '_' and '-', and none of "
+            f"{', '.join(_TAKEN)}"
+        )
     moments = dict(zip(_STATISTICS, (teacher.mean, teacher.std), strict=True))
     for label, values in moments.items():
         if values.shape != (teacher.spec.dim,) or values.dtype != np.float32 or not np.isfinite(values).all():
@@ -151,7 +156,7 @@ def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
     return str(attributes["digest"])
 
 
-def load_teacher(path: Path, *, digest: str, shard_views: int) -> StoredTeacher:
+def load_teacher(path: StorePath, *, digest: str, shard_views: int) -> StoredTeacher:
     """The committed teacher at `path`.
 
     Raises:
@@ -189,7 +194,7 @@ def resize_teacher(teacher: StoredTeacher, n_rows: int) -> None:
     set_length(teacher.path / "status", n_rows)
 
 
-def _moment_array(path: Path, label: str, dim: int) -> PlainArray:
+def _moment_array(path: StorePath, label: str, dim: int) -> PlainArray:
     return PlainArray(path=path / label, dtype="float32", chunk=dim, dim="channel")
 
 

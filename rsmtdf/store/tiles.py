@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 
+from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import PlainArray, chunk_length, damaged
 from rsmtdf.store.manifest import TileTable
 
@@ -44,7 +44,7 @@ class TileIds(Sequence[str]):
         return {t: k for k, t in enumerate(self)}
 
 
-def read_tiles(path: Path, tiles: TileTable) -> TileIds:
+def read_tiles(path: StorePath, tiles: TileTable) -> TileIds:
     """The committed tile ids of the store at `path`.
 
     Raises:
@@ -59,7 +59,7 @@ def read_tiles(path: Path, tiles: TileTable) -> TileIds:
     return TileIds(data, offsets)
 
 
-def write_tiles(path: Path, tiles: TileTable, *, old: Sequence[str], new: Sequence[str]) -> TileTable:
+def write_tiles(path: StorePath, tiles: TileTable, *, old: Sequence[str], new: Sequence[str]) -> TileTable:
     """Appends tile ids and returns the table's new entry."""
     blobs = [t.encode() for t in (*old, *new)]
     offsets = np.zeros(len(blobs) + 1, np.uint64)
@@ -79,7 +79,7 @@ def write_tiles(path: Path, tiles: TileTable, *, old: Sequence[str], new: Sequen
     return dataclasses.replace(tiles, count=len(blobs), id_bytes=len(data), sha256=_sha256(data, offsets))
 
 
-def tile_arrays(path: Path, tiles: TileTable) -> tuple[PlainArray, PlainArray]:
+def tile_arrays(path: StorePath, tiles: TileTable) -> tuple[PlainArray, PlainArray]:
     """The arrays `id_bytes` and `id_offsets`."""
     return (
         PlainArray(path=path / "tiles" / "id_bytes", dtype="uint8", chunk=tiles.bytes_chunk, dim="byte"),

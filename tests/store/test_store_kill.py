@@ -111,27 +111,42 @@ def check_all_done(store, kit, content) -> None:
     assert crc_of(store.view_status())[rows].tolist() == (rows + 1).tolist()
 
 
-def test_ten_kills_then_resume(kit, path, writers, content):
-    store = big_store(kit, path, tiles=201)
-    waits = np.random.default_rng(7).uniform(0.005, 0.1, 10).tolist()
-    committed = []
-    for k, wait in enumerate(waits):
-        # Every third time two writers at once.
-        running = [writers.start(path, part=part, of=2) for part in range(2)] if k % 3 == 0 else [writers.start(path)]
+KILLS = 100
+RESUMED_BY = 3
+
+
+def test_a_hundred_kills_of_two_writers_then_resume_with_three(kit, path, writers, content):
+    """Each round kills both writers at a random moment; whatever is marked done is right throughout."""
+    store = big_store(kit, path, tiles=2400)
+    waits = np.random.default_rng(7).uniform(0.002, 0.06, KILLS // 2).tolist()
+    committed, killed, litter, orphans = [], 0, 0, 0
+    for wait in waits:
+        running = [writers.start(path, part=part, of=2) for part in range(2)]
         time.sleep(wait)
         writers.kill(running)
-        # Whatever is marked done is right, at every stage.
+        killed += len(running)
+        litter += len(list(path.rglob("*.partial")))
         seen = FeatureStore.open(path)
         done = np.flatnonzero(state_of(seen.status("t")) == DONE)
+        orphans += len(list((path / "teachers" / "t" / "features").glob("c.*"))) - len(done) // seen.shard_views
         with CachedFeatures(seen, ["t"], device="cpu") as source:
             for row in done[-8:].tolist():
                 assert np.array_equal(source.fetch(np.array([row]))["t"][0].numpy(), content(row, TOKENS, DIM))
         committed.append(len(done))
-    assert committed == sorted(committed)
+    assert killed == KILLS
+    assert committed == sorted(committed), "what was committed once stays"
     assert 0 < committed[-1] < len(kit.rows(store)), "no kill met a writer at work: the test shows nothing"
-    assert writers.outcome(writers.start(path)) == ("finished", "")
+    assert litter + orphans > 0, "no kill met a shard half-written: the test shows little"
+    resumed = [writers.start(path, part=part, of=RESUMED_BY) for part in range(RESUMED_BY)]
+    assert [writers.outcome(pid) for pid in resumed] == [("finished", "")] * RESUMED_BY
     store.refresh()
     check_all_done(store, kit, content)
+    # None twice: a file and a note for each shard, nothing else.
+    files = sorted(p.name for p in (path / "teachers" / "t" / "features").glob("c.*"))
+    assert files == sorted(f"c.{k}.0.0" for k in range(store.n_shards))
+    notes = sorted(int(p.stem) for p in (path / "provenance" / "t").iterdir())
+    assert notes == list(range(store.n_shards))
+    FeatureStore.open(path, writable=True).clean_partials()
     assert not list(path.rglob("*.partial"))
 
 

@@ -1,0 +1,128 @@
+"""What a store asks of the place it lies in, whether a folder of this machine or a prefix of an object store.
+
+Everywhere in a store a file is whole or absent: on a disk by temporary file, fsync and rename (`rsmtdf.files`), on an
+object store by the put itself. Folders exist on disks only; on an object store they are part of the key.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsmtdf.files import fsync_dir, whole_file
+from rsmtdf.objects import ObjectPath, StorePath
+
+PARALLEL_GETS = 32
+"""Small objects fetched at a time: what counts there is the latency of a request."""
+
+
+def put(path: StorePath, *parts: bytes | np.ndarray) -> int:
+    """Makes `path` the parts, one after another, atomically and durably; the bytes written.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        parts: bytes, or contiguous uint8 arrays (which are not copied on a disk).
+
+    Raises:
+        OSError: it cannot be written; whatever was there before is untouched.
+    """
+    if isinstance(path, ObjectPath):
+        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(bytes(p) for p in parts)
+        path.write_bytes(data)
+        return len(data)
+    try:
+        return _put_file(path, parts)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _put_file(path, parts)
+
+
+def read_each(paths: Sequence[StorePath]) -> list[bytes | None]:
+    """The content of each file, None where there is none; many requests at a time where each takes a while."""
+    if paths and isinstance(paths[0], ObjectPath):
+        with ThreadPoolExecutor(PARALLEL_GETS, thread_name_prefix="gets") as pool:
+            return list(pool.map(_read_or_none, paths))
+    return [_read_or_none(p) for p in paths]
+
+
+def names(folder: StorePath) -> list[str]:
+    """The names in a folder; none where it does not exist."""
+    if isinstance(folder, ObjectPath):
+        return folder.names()
+    try:
+        with os.scandir(folder) as entries:
+            return [e.name for e in entries]
+    except FileNotFoundError:
+        return []
+
+
+def sizes(folder: StorePath) -> Iterator[int]:
+    """Bytes of each file below a folder; files that vanish meanwhile (temporary ones) do not count."""
+    if isinstance(folder, ObjectPath):
+        yield from (size for _, size in folder.walk())
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from sizes(Path(entry.path))
+                else:
+                    yield entry.stat(follow_symlinks=False).st_size
+            except FileNotFoundError:
+                continue
+
+
+def remove(path: StorePath) -> None:
+    """Removes a file, durably, if it is there."""
+    path.unlink(missing_ok=True)
+    if isinstance(path, Path) and path.parent.is_dir():
+        fsync_dir(path.parent)
+
+
+def remove_tree(folder: StorePath) -> None:
+    """Removes a folder and all below it, if it is there."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_tree()
+    elif folder.exists():
+        shutil.rmtree(folder)
+        fsync_dir(folder.parent)
+
+
+def zarr_source(node: StorePath) -> Any:
+    """What zarr-python opens the node from."""
+    return node.zarr_store(read_only=True) if isinstance(node, ObjectPath) else node
+
+
+def absolute(path: StorePath) -> str:
+    """The path as it can be written down."""
+    return str(path if isinstance(path, ObjectPath) else path.resolve())
+
+
+def free_bytes(path: StorePath) -> int | None:
+    """Free space where `path` lies or will lie; None where there is no limit (object stores)."""
+    if isinstance(path, ObjectPath):
+        return None
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _put_file(path: Path, parts: Sequence[bytes | np.ndarray]) -> int:
+    with whole_file(path) as temporary, temporary.open("wb") as out:
+        n = sum(out.write(part if isinstance(part, bytes) else part.data) for part in parts)
+        out.flush()
+    return n
+
+
+def _read_or_none(path: StorePath) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
