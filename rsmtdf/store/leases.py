@@ -238,7 +238,7 @@ class ObjectLocks:
         self._held[lease.path.key] = lease
         try:
             yield
-            if not lease.is_held():
+            if not (lease.is_held() or lease.renew()):
                 raise self._lost()
         finally:
             del self._held[lease.path.key]

@@ -73,7 +73,11 @@ class Lease:
         return not self._lost and self._clock() - self._renewed_at < self._lease_s
 
     def renew(self) -> bool:
-        """Renews it now; whether it is still held. A server that cannot be reached loses it only when it runs out."""
+        """Renews it now; whether it is still held.
+
+        Late is not lost: a put on its own version succeeds as long as nobody has taken over. A server that cannot be
+        reached makes it lost when it runs out.
+        """
         with self._lock:
             if not self._lost and not self._released.is_set():
                 with contextlib.suppress(OSError):
