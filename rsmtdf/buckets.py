@@ -155,9 +155,10 @@ def as_os_errors(url: str) -> Iterator[None]:
 
 def _number(text: str) -> int:
     """The errno of an error that obstore has no class for; `text` tells its causes in Rust's notation."""
-    if "<Code>NoSuchBucket<" in text:
+    status = re.search(r"status code: (\d+)", text)
+    if status is not None and status[1] == "404":
         return errno.ENOENT
-    if "TokenRequest" in text or "redential" in text:
+    if (status is not None and status[1] in ("401", "403")) or "TokenRequest" in text or "redential" in text:
         return errno.EACCES
     if "kind: Timeout" in text or "TimedOut" in text:
         return errno.ETIMEDOUT

@@ -91,7 +91,7 @@ class StoreLocks:
             StoreError: one of them has another owner.
         """
         with self._open() as fd:
-            for first, last in _runs(shards):
+            for first, last in runs(shards):
                 if (owner := self._take(fd, first + 1, last - first + 1)) is not None:
                     span = f"shard {first}" if first == last else f"shards {first} to {last}"
                     raise StoreError(
@@ -150,7 +150,7 @@ class StoreLocks:
         return note.decode(errors="replace").strip(" \0") or "another process"
 
 
-def _runs(shards: Sequence[int]) -> list[tuple[int, int]]:
+def runs(shards: Sequence[int]) -> list[tuple[int, int]]:
     """(first, last) of each run of consecutive numbers."""
     runs: list[tuple[int, int]] = []
     for k in sorted(set(shards)):
