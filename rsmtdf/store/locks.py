@@ -49,7 +49,7 @@ class Locks(Protocol):
         """Owns every shard there is or will be; `purpose` is a verb for messages."""
         ...
 
-    def require_held(self) -> None:
+    def still_held(self) -> None:
         """Passes while everything taken is still this process's; called before each commit."""
         ...
 
@@ -111,7 +111,7 @@ class StoreLocks:
                 )
             yield
 
-    def require_held(self) -> None:
+    def still_held(self) -> None:
         """Passes: the kernel takes no lock from a living process."""
 
     @contextlib.contextmanager

@@ -29,6 +29,7 @@ from rsmtdf.store.growth import (
     make_store,
     settle,
 )
+from rsmtdf.store.leases import ObjectLocks
 from rsmtdf.store.locks import Locks, StoreLocks
 from rsmtdf.store.manifest import Manifest, differences, identity_fields, load
 from rsmtdf.store.manifest import commit as commit_manifest
@@ -556,6 +557,4 @@ class FeatureStore:
 
 
 def _locks(path: StorePath) -> Locks:
-    if isinstance(path, ObjectPath):
-        raise StoreError(f"{path}: feature stores on object storage cannot be opened yet")
-    return StoreLocks(store=path, file=path / LOCK_FILE)
+    return ObjectLocks(store=path) if isinstance(path, ObjectPath) else StoreLocks(store=path, file=path / LOCK_FILE)
