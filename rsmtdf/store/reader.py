@@ -198,8 +198,8 @@ class FeatureReader:
         except WrongArray as error:
             raise StoreCorrupt(
                 f"feature store {self._store.path}, teacher {self.teacher.name!r}, file {node / METADATA}: the "
-                f"metadata do not describe its features ({error}). Restore the file from a copy, or write the store anew "
-                "with: rsmtdf cache-features"
+                f"metadata do not describe its features ({error}). Restore the file from a copy, or write the store "
+                "anew with: rsmtdf cache-features"
             ) from error
         except ShardUnreachable as error:
             raise self._unreachable(str(node), f"array {array.name}", str(error)) from error
