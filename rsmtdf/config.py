@@ -128,6 +128,11 @@ class TrainConfig(Model):
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
     workers: int = Field(2, ge=1)
+    """Threads that decode images and make views."""
+    feature_threads: int | None = Field(None, ge=1)
+    """Threads that read cached features ahead; None: as many as cores, at most 4 (16 for object storage)."""
+    shuffle_window: int | None = Field(None, ge=1)
+    """For network disks: an epoch's pairs come from this many shards at a time; None: from all (a full shuffle)."""
     pixel_mismatch: Literal["error", "warn"] = "error"
     """What to do with a view whose pixels differ from those the teachers saw."""
     seed: int = 0
@@ -143,7 +148,7 @@ class TrainConfig(Model):
 
 
 SCHEDULE_KEYS = ("epochs", "steps", "budget")
-METHOD_KEYS = ("method", "seed", "workers")
+METHOD_KEYS = ("method", "seed", "workers", "feature_threads", "shuffle_window")
 """What a change of recipe leaves as it is."""
 DEFAULT_RECIPE = "practical"
 MAX_DEPTH = 40

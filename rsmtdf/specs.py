@@ -13,7 +13,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -220,7 +220,7 @@ class Teacher(Protocol):
 class FeatureSource(Protocol):
     """Where training gets its distillation targets: a store (`CachedFeatures`) or live teachers (`OnlineFeatures`).
 
-    `needs_pixels` tells the loop whether it may fetch ahead, from a thread, before the pixels are on the device.
+    Where it `needs_pixels`, each batch is asked for with `fetch`; otherwise the loop takes a `stream`.
     """
 
     @property
@@ -233,6 +233,13 @@ class FeatureSource(Protocol):
         """Teacher name -> targets float32 [b, tokens, dim], in the order of `rows` (int64 view rows of the store).
 
         `pixels`: the same views, uint8 [b, h, w, 3]; only read where `needs_pixels`.
+        """
+        ...
+
+    def stream(self, batches: Iterable[np.ndarray], *, ahead: int) -> Iterator[Mapping[str, torch.Tensor]]:
+        """What `fetch` gives for each batch of rows, in order, `ahead` of them being fetched meanwhile.
+
+        Only where not `needs_pixels`. Closing it (a generator) ends what is under way.
         """
         ...
 

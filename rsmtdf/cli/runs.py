@@ -23,7 +23,7 @@ from rsmtdf.learning.sampler import Schedule
 from rsmtdf.store import places
 from rsmtdf.store.store import FeatureStore
 
-FREE = ("root", "cache.", "train.workers")
+FREE = ("root", "cache.", "train.workers", "train.feature_threads")
 """What a resumed run may have otherwise: none of it changes a weight."""
 
 

@@ -236,7 +236,14 @@ def _features(mode: Mode, experiment: Experiment, store: FeatureStore, device: t
                 f"add them with rsmtdf cache-features --out {store.path}"
             )
         _expect_described(store, experiment)
-        return CachedFeatures(store, names, device=device)
+        windowed = experiment.train.shuffle_window is not None
+        return CachedFeatures(
+            store,
+            names,
+            device=device,
+            threads=experiment.train.feature_threads,
+            whole=store.rows(stream="strong") if windowed else None,
+        )
     grid = student_grid(experiment)
     teachers = {n: build_teacher(s, student_grid=grid, device=device) for n, s in teacher_sources(experiment).items()}
     for name, teacher in teachers.items():

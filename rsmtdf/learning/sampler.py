@@ -3,6 +3,9 @@
 Unlabelled: an epoch walks one strong seed's CutMix pairs in keyed order; seeds cycle without replacement. Labelled:
 an endless walk over the labelled tiles, each pass in a new keyed order and with each tile's next weak view. A global
 batch is the same list of rows however it is cut into ranks and accumulations; a pair never leaves a micro-batch.
+
+A network disk that reads single views slowly wants them from few files at a time: with a window, an epoch's shards
+are put into keyed order and its pairs are shuffled among each `window` of them.
 """
 
 from __future__ import annotations
@@ -39,12 +42,23 @@ class Schedule:
         weak: int64 [labelled tiles, weak views], the rows of the labelled tiles' weak views; -1 where a tile has fewer.
         batch: labelled and unlabelled images per global step, each; a multiple of `world * micro_batch`.
         seed: the run's.
+        shard_views: rows per shard of the store.
+        window: shards that an epoch's pairs come from at a time (two windows meet within one step); None: all.
 
     Raises:
         TrainingError: no labelled tile, or a seed with fewer views than one batch.
     """
 
-    def __init__(self, *, pairs: Mapping[int, np.ndarray], weak: np.ndarray, batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        pairs: Mapping[int, np.ndarray],
+        weak: np.ndarray,
+        batch: int,
+        seed: int,
+        shard_views: int = 1,
+        window: int | None = None,
+    ) -> None:
         if not len(weak):
             raise TrainingError("no labelled tile has weak views in the store: nothing to learn classes from")
         if not pairs:
@@ -59,6 +73,7 @@ class Schedule:
         self._weak = np.asarray(weak, dtype=np.int64)
         self._views_per_tile = (self._weak >= 0).sum(axis=1)
         self._batch, self._seed = batch, seed
+        self._shard_views, self._window = shard_views, window
         self.steps_per_epoch = 2 * len(self._pairs[smallest]) // batch
         self._pass_order = _Memo("labelled-pass", seed, n=len(self._weak))
         self._pair_order: tuple[int, np.ndarray] | None = None
@@ -70,6 +85,8 @@ class Schedule:
         for seed, pairs in self._pairs.items():
             found.update(f"{seed} {len(pairs)}".encode())
             found.update(pairs.tobytes())
+        if self._window is not None:
+            found.update(f"window {self._window} of {self._shard_views}".encode())
         return found.hexdigest()
 
     def strong_seed(self, epoch: int) -> int:
@@ -90,8 +107,18 @@ class Schedule:
     def _epoch_pairs(self, epoch: int) -> np.ndarray:
         if self._pair_order is None or self._pair_order[0] != epoch:
             pairs = self._pairs[self.strong_seed(epoch)]
-            self._pair_order = (epoch, pairs[Draws("pairs", self._seed, epoch).permutation(len(pairs))])
+            pairs = pairs[Draws("pairs", self._seed, epoch).permutation(len(pairs))]
+            if self._window is not None:
+                pairs = pairs[np.argsort(self._windows(pairs, epoch), kind="stable")]
+            self._pair_order = (epoch, pairs)
         return self._pair_order[1]
+
+    def _windows(self, pairs: np.ndarray, epoch: int) -> np.ndarray:
+        """int64 [n]: the window of each pair; windows are `window` shards each, in the epoch's keyed order."""
+        assert self._window is not None
+        shards, which = np.unique(pairs[:, 0] // self._shard_views, return_inverse=True)
+        place = np.argsort(Draws("shards", self._seed, epoch).permutation(len(shards)))
+        return np.asarray(place[which] // self._window, dtype=np.int64)
 
     def _labelled_row(self, index: int) -> int:
         """The weak row of the `index`-th labelled image of the run: pass p shows each tile its p-th weak view."""

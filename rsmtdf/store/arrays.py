@@ -18,7 +18,7 @@ import numpy as np
 from rsmtdf.errors import StoreCorrupt, StoreError
 from rsmtdf.objects import StorePath
 from rsmtdf.store.checksum import crc32c
-from rsmtdf.store.places import put, read_each, zarr_source
+from rsmtdf.store.places import put, read, read_each, zarr_source
 
 METADATA = "zarr.json"
 CRC_BYTES = 4
@@ -97,10 +97,10 @@ def read_metadata(node: StorePath) -> dict[str, Any]:
         StoreCorrupt: it is missing or no JSON object.
     """
     file = node / METADATA
+    if (data := read(file)) is None:
+        raise damaged(file, "metadata file is missing")
     try:
-        found = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise damaged(file, "metadata file is missing") from None
+        found = json.loads(data)
     except ValueError as error:  # JSON and UTF-8 errors alike
         raise damaged(file, f"metadata is not JSON any more ({error})") from error
     if not isinstance(found, dict):

@@ -18,6 +18,7 @@ from rsmtdf.errors import StoreError, StoreNotFound
 from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.specs import DatasetSpec, ViewRecipe, digest, from_dict, to_dict
 from rsmtdf.store.arrays import METADATA, damaged, group_metadata, metadata_bytes, read_metadata, write_metadata
+from rsmtdf.store.places import read
 from rsmtdf.store.segments import Segment
 
 FORMAT = 1
@@ -122,7 +123,7 @@ def load(path: StorePath) -> Manifest:
         StoreCorrupt: its metadata is damaged.
         StoreError: it is of a format or a spec version that this code does not know.
     """
-    if not (path / METADATA).is_file():
+    if read(path / METADATA) is None:
         state = "a folder without Zarr metadata" if path.is_dir() else "a file" if path.exists() else "nothing"
         raise StoreNotFound(f"no feature store at {path}: there is {state}. Make one with: rsmtdf cache-features")
     attributes = read_metadata(path).get("attributes")

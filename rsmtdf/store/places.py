@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rsmtdf.errors import StoreError
 from rsmtdf.files import fsync_dir, whole_file
 from rsmtdf.objects import ObjectPath, StorePath
 
@@ -43,12 +44,29 @@ def put(path: StorePath, *parts: bytes | np.ndarray) -> int:
         return _put_file(path, parts)
 
 
+def read(path: StorePath) -> bytes | None:
+    """The content of a small file; None where there is none.
+
+    Raises:
+        StoreError: it cannot be read now, which says nothing about what is in it.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {path}: {error.strerror or error}. Nothing is known to be wrong with the store: check the "
+            "disk, the network and the permissions, then run the same command again"
+        ) from error
+
+
 def read_each(paths: Sequence[StorePath]) -> list[bytes | None]:
-    """The content of each file, None where there is none; many requests at a time where each takes a while."""
+    """As `read` of each file; many requests at a time where each takes a while."""
     if paths and isinstance(paths[0], ObjectPath):
         with ThreadPoolExecutor(PARALLEL_GETS, thread_name_prefix="gets") as pool:
-            return list(pool.map(_read_or_none, paths))
-    return [_read_or_none(p) for p in paths]
+            return list(pool.map(read, paths))
+    return [read(p) for p in paths]
 
 
 def names(folder: StorePath) -> list[str]:
@@ -119,10 +137,3 @@ def _put_file(path: Path, parts: Sequence[bytes | np.ndarray]) -> int:
         n = sum(out.write(part if isinstance(part, bytes) else part.data) for part in parts)
         out.flush()
     return n
-
-
-def _read_or_none(path: StorePath) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None

@@ -1,31 +1,39 @@
 """`FeatureReader`: encoded features of one teacher's views, verified, straight into the caller's memory.
 
-A view is one `preadv` of payload and checksum. An array whose layout is not the store's own (a compressed archive) or
-a platform without `preadv` is read through zarr-python, under the same checks.
+A view on a disk is one `preadv` of payload and checksum; in object storage, the views of one shard are one request. An
+array whose layout is not the store's own (a compressed archive) or a platform without `preadv` is read through
+zarr-python, under the same checks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, TypedDict
 
 import numpy as np
 
-from rsmtdf.errors import StoreCorrupt, StoreIncomplete
-from rsmtdf.objects import StorePath
+from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
-from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.checksum import Appending
 from rsmtdf.store.codecs import EncodedArray
-from rsmtdf.store.places import zarr_source
-from rsmtdf.store.shards import ShardDamage, ShardReader
+from rsmtdf.store.fallback import WrongArray, ZarrViews
+from rsmtdf.store.range_shards import RangeObject, RangeShards
+from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, Shards, ShardUnreachable
 from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.store.stored_teacher import StoredTeacher
+from rsmtdf.store.workshare import WorkShare
 
-_HAS_PREADV = hasattr(os, "preadv")
+Piece = Callable[[], None]
+
+
+class _Sizes(TypedDict):
+    dims: int
+    view_bytes: int
+    shard_views: int
 
 
 class FeatureReader:
@@ -35,20 +43,31 @@ class FeatureReader:
     """
 
     def __init__(
-        self, store: FeatureStore, teacher: str, *, threads: int = 1, verify: bool = True, force_zarr: bool = False
+        self,
+        store: FeatureStore,
+        teacher: str,
+        *,
+        threads: int = 1,
+        verify: bool = True,
+        force_zarr: bool = False,
+        files: OpenShards | None = None,
+        ahead: np.ndarray | None = None,
     ) -> None:
         """Opens the features of `teacher`.
 
         Args:
             store: where they are.
             teacher: its name there.
-            threads: views of one `get_many` that are read at a time.
+            threads: pieces of one `get_many` that are read at a time.
             verify: check every byte read against the checksums beside it and in the status.
             force_zarr: read through zarr-python even where the fast path would do.
+            files: descriptors to share with other readers; None: its own.
+            ahead: bool per shard: those to be read ahead whole when first touched; None: none.
 
         Raises:
             StoreIncomplete: the store has no such teacher.
             StoreCorrupt: status words or metadata are damaged.
+            StoreError: the features cannot be reached.
         """
         self.teacher = store.teacher(teacher)
         self._store = store
@@ -56,23 +75,12 @@ class FeatureReader:
         words = store.status(teacher)
         self._done = state_of(words) == DONE
         self._crcs = crc_of(words)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features") if threads > 1 else None
-        self._fast: dict[str, ShardReader] = {}
-        self._slow: dict[str, Any] = {}
-        for array in self.teacher.arrays:
-            node = self.teacher.path / array.name
-            found = read_metadata(node)
-            if (
-                isinstance(node, Path)
-                and _HAS_PREADV
-                and not force_zarr
-                and same_layout(found, self.teacher.array_metadata(array, store.n_rows))
-            ):
-                self._fast[array.name] = ShardReader(
-                    node=node, dims=1 + len(array.shape), view_bytes=array.view_bytes, shard_views=store.shard_views
-                )
-            else:
-                self._slow[array.name] = _open_zarr(store, self.teacher, array, node)
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="features") if threads > 1 else None
+        self._threads = threads
+        self._own = files is None
+        self._files = OpenShards() if files is None else files
+        self._shards = [self._open(array, ahead, force_zarr=force_zarr) for array in self.teacher.arrays]
+        self._appending = [Appending(array.view_bytes) for array in self.teacher.arrays[1:]]
 
     def is_done(self, rows: np.ndarray) -> np.ndarray:
         """bool, per row: whether its features are committed."""
@@ -85,31 +93,51 @@ class FeatureReader:
 
         Args:
             view_ids: which views; any order, repeats allowed.
-            out: arrays to fill, C-contiguous, of the stored dtypes; None: new ones.
+            out: arrays to fill, C-contiguous, of the stored dtypes; None: new ones. Nothing writes to them any more
+                when this returns or raises.
 
         Raises:
             StoreIncomplete: a view is not done.
             StoreCorrupt: a view is damaged or missing; nothing in `out` is to be used.
+            StoreError: it cannot be read now; nothing is known to be wrong with it.
         """
-        if out is None:
-            out = {a.name: np.empty((len(view_ids), *a.shape), a.dtype) for a in self.teacher.arrays}
-        filled = out
+        filled = self.empty(len(view_ids)) if out is None else out
+        pieces, check = self.reading(view_ids, filled)
+        work = WorkShare(pieces, then=check)
+        if self._pool is not None:
+            work.help(self._pool, self._threads - 1)
+        work.result()
+        return filled
 
-        def read(slot: int) -> None:
-            self._read_into(int(view_ids[slot]), {name: values[slot] for name, values in filled.items()})
+    def empty(self, views: int) -> dict[str, np.ndarray]:
+        """Arrays that `get_many` fills."""
+        return {a.name: np.empty((views, *a.shape), a.dtype) for a in self.teacher.arrays}
 
-        if self._pool is None:
-            for slot in range(len(view_ids)):
-                read(slot)
+    def reading(
+        self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray]
+    ) -> tuple[list[Piece], Callable[[], None]]:
+        """`get_many` in pieces that may run at the same time, and the check to run after all of them.
+
+        Both raise what `get_many` raises; a piece is the work of one view, or of one shard where that is a request.
+        """
+        rows = np.asarray(view_ids, dtype=np.int64)
+        flat = [_bytes_of(out[a.name], a, len(rows)) for a in self.teacher.arrays]
+        sums = np.zeros((len(flat), len(rows)), np.uint32)
+        asked = rows.tolist()
+        if any(s.by_shard for s in self._shards):
+            slots = np.argsort(rows // self._store.shard_views, kind="stable")
+            cuts = np.flatnonzero(np.diff(rows[slots] // self._store.shard_views)) + 1
+            units = [part.tolist() for part in np.split(slots, cuts)] if len(rows) else []
+            units.sort()  # by the first view's place in the batch
         else:
-            list(self._pool.map(read, range(len(view_ids))))
-        return out
+            units = [[slot] for slot in range(len(rows))]
+        return [partial(self._read, unit, asked, flat, sums) for unit in units], partial(self._check, rows, sums)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-        for fast in self._fast.values():
-            fast.close()
+        if self._own:
+            self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -117,68 +145,94 @@ class FeatureReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read_into(self, row: int, out: Mapping[str, np.ndarray]) -> None:
-        """Reads a view's arrays into `out`, checked."""
-        if not self._done[row]:
-            raise StoreIncomplete(
-                f"features for {self.teacher.name!r} in {self._store.path} lack view {self._store.describe(row)}; "
-                "finish them with the rsmtdf cache-features command that the store was made by"
-            )
-        total = 0
-        for k, array in enumerate(self.teacher.arrays):
-            values = out[array.name]
-            fast = self._fast.get(array.name)
-            raw = values.reshape(-1).view(np.uint8)
-            if fast is not None:
-                try:
-                    stored = fast.read_into(row, raw, verify=self._verify)
-                except ShardDamage as damage:
-                    raise self._corrupt(row, fast.file(row), str(damage)) from damage
-                total = crc32c(raw, start=total) if k and self._verify else stored
-            else:
-                self._read_zarr(array, row, values)
-                total = crc32c(raw, start=total)
-        # Unverified, the sums of several arrays cannot be chained; a single one still comes for nothing.
-        checkable = self._verify or bool(self._slow) or len(self.teacher.arrays) == 1
-        if checkable and total != self._crcs[row]:
-            file = self.teacher.path / self.teacher.arrays[0].name
-            what = f"checksum is {total:08x}, the status word says {int(self._crcs[row]):08x}"
-            raise self._corrupt(row, file, what)
+    def _read(self, slots: Sequence[int], asked: Sequence[int], flat: Sequence[np.ndarray], sums: np.ndarray) -> None:
+        """Reads these slots of a batch, all of one shard or all one; `sums` gets the crc32c per array and slot."""
+        rows = [asked[slot] for slot in slots]
+        for row in rows:
+            if not self._done[row]:
+                raise StoreIncomplete(
+                    f"features for {self.teacher.name!r} in {self._store.path} lack view {self._store.describe(row)}; "
+                    "finish them with the rsmtdf cache-features command that the store was made by"
+                )
+        for k, (shards, target) in enumerate(zip(self._shards, flat, strict=True)):
+            try:
+                sums[k, slots] = shards.read(rows, [target[slot] for slot in slots], verify=self._verify)
+            except ShardDamage as damage:
+                row = rows[damage.place]
+                raise self._corrupt(row, shards.file(row), str(damage)) from damage
+            except ShardUnreachable as error:
+                raise self._unreachable(shards.file(rows[0]), f"view {self._named(rows[0])}", str(error)) from error
 
-    def _read_zarr(self, array: EncodedArray, row: int, out: np.ndarray) -> None:
+    def _check(self, rows: np.ndarray, sums: np.ndarray) -> None:
+        """Compares what was read with the status words, which sum a view's arrays one after another."""
+        total = sums[0]
+        for part, appending in zip(sums[1:], self._appending, strict=True):
+            total = appending(total, part)
+        expected = self._crcs[rows]
+        if (total == expected).all():
+            return
+        place = int(np.flatnonzero(total != expected)[0])
+        row = int(rows[place])
+        status = self.teacher.status.chunk_file(row // self._store.shard_views)
+        what = f"checksum is {total[place]:08x}, the status word says {expected[place]:08x} ({status})"
+        raise self._corrupt(row, self._shards[0].file(row), what)
+
+    def _open(self, array: EncodedArray, ahead: np.ndarray | None, *, force_zarr: bool) -> Shards:
+        """The way to the array's views that suits its place and layout."""
+        node: Path | RangeObject = self.teacher.path / array.name
+        sizes = _Sizes(dims=1 + len(array.shape), view_bytes=array.view_bytes, shard_views=self._store.shard_views)
+        fast: ShardReader | RangeShards
+        if isinstance(node, Path):
+            can = hasattr(os, "preadv")
+            fast = ShardReader(node=node, **sizes, files=self._files, ahead=ahead)
+        else:
+            can = True
+            fast = RangeShards(node=node, **sizes)
+        known = same_layout(
+            read_metadata(self.teacher.path / array.name), self.teacher.array_metadata(array, self._store.n_rows)
+        )
+        if known and can and not force_zarr:
+            return fast
         try:
-            out[...] = self._slow[array.name][row]
-        except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError, MemoryError) as error:
-            raise self._corrupt(row, self.teacher.path / array.name, f"zarr-python cannot read it ({error})") from error
+            return ZarrViews(node=node, array=array, rows=self._store.n_rows, shard_file=fast.file if known else None)
+        except WrongArray as error:
+            raise StoreCorrupt(
+                f"feature store {self._store.path}, teacher {self.teacher.name!r}, file {node / METADATA}: the "
+                f"metadata do not describe its features ({error}). Restore the file from a copy, or write the store "
+                "anew with: rsmtdf cache-features"
+            ) from error
+        except ShardUnreachable as error:
+            raise self._unreachable(str(node), f"array {array.name}", str(error)) from error
 
-    def _corrupt(self, row: int, file: StorePath, what: str) -> StoreCorrupt:
+    def _named(self, row: int) -> str:
+        try:
+            return self._store.describe(row)
+        except OSError:  # the columns may be out of reach too
+            return str(row)
+
+    def _corrupt(self, row: int, file: str, what: str) -> StoreCorrupt:
         return StoreCorrupt(
-            f"feature store {self._store.path}, teacher {self.teacher.name!r}, view {self._store.describe(row)}, file "
+            f"feature store {self._store.path}, teacher {self.teacher.name!r}, view {self._named(row)}, file "
             f"{file}: {what}. Nothing was trained on it; recompute what is damaged with: "
             f"rsmtdf cache repair {self._store.path}"
         )
 
+    def _unreachable(self, file: str, which: str, what: str) -> StoreError:
+        return StoreError(
+            f"feature store {self._store.path}, teacher {self.teacher.name!r}, {which}, file {file}: {what}. Nothing "
+            "is known to be wrong with what is stored there: when it can be read again, run the same command again"
+        )
 
-def _open_zarr(store: FeatureStore, teacher: StoredTeacher, array: EncodedArray, node: StorePath) -> Any:
-    """The array through zarr-python.
+
+def _bytes_of(values: np.ndarray, array: EncodedArray, views: int) -> np.ndarray:
+    """uint8 [views, view_bytes] over the same memory.
 
     Raises:
-        StoreCorrupt: it is not the array the codec asks for.
+        ValueError: the values are of another shape or dtype, or not contiguous.
     """
-    import zarr
-
-    try:
-        opened = zarr.open_array(zarr_source(node), mode="r")
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
-        raise _bad_array(store, teacher, node, str(error)) from error
-    if opened.shape[1:] != array.shape or opened.dtype != array.dtype or opened.shape[0] < store.n_rows:
-        found = f"{opened.dtype} {opened.shape}, expected {array.dtype} {(store.n_rows, *array.shape)}"
-        raise _bad_array(store, teacher, node, found)
-    return opened
-
-
-def _bad_array(store: FeatureStore, teacher: StoredTeacher, node: StorePath, what: str) -> StoreCorrupt:
-    return StoreCorrupt(
-        f"feature store {store.path}, teacher {teacher.name!r}, file {node / METADATA}: the metadata do not describe "
-        f"its features ({what}). Restore the file from a copy, or write the store anew with: rsmtdf cache-features"
-    )
+    expected = (views, *array.shape)
+    if values.shape != expected or values.dtype != array.dtype or not values.flags.c_contiguous:
+        raise ValueError(
+            f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous"
+        )
+    return values.view(np.uint8).reshape(views, array.view_bytes) if views else np.empty((0, 0), np.uint8)

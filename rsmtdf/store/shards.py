@@ -9,11 +9,13 @@ values for it. Reading one view is one `preadv` of payload and checksum straight
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,10 +26,49 @@ from rsmtdf.store.places import put
 
 ABSENT = 2**64 - 1
 _ENTRY = 16
+INDEXES_KEPT = 16384
+"""Shard indexes that outlive their descriptor: 20 MB, and a seek less per view of a cold disk."""
+_DAMAGE = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EBADMSG}
+"""What the system says of files that are not as they were written. All else (permissions, a network share that is
+gone, no descriptors left) says nothing about their bytes."""
 
 
 class ShardDamage(Exception):
-    """A view cannot be read from its shard file; the message says why. Callers turn it into `StoreCorrupt`."""
+    """A view cannot be read from its shard file; the message says why. Callers turn it into `StoreCorrupt`.
+
+    `place` is the view's, among those asked for.
+    """
+
+    def __init__(self, what: str, *, place: int = 0) -> None:
+        super().__init__(what)
+        self.place = place
+
+
+class ShardUnreachable(Exception):
+    """A shard could not be read now; nothing is known to be wrong with it. Callers turn it into `StoreError`."""
+
+
+class Shards(Protocol):
+    """Reads views of one sharded array, from any number of threads."""
+
+    @property
+    def by_shard(self) -> bool:
+        """Whether the views of one shard are best asked for in one call: each call is a round trip."""
+        ...
+
+    def file(self, row: int) -> str:
+        """The file that holds a row, for messages."""
+        ...
+
+    def read(self, rows: Sequence[int], outs: Sequence[np.ndarray], *, verify: bool) -> list[int]:
+        """Reads views of one shard into `outs` (uint8 [view_bytes] each, contiguous) and returns the crc32c stored
+        with each. With `verify`, the bytes are summed and compared with it.
+
+        Raises:
+            ShardDamage: the shard or a view in it is missing, cut short or altered.
+            ShardUnreachable: it cannot be read now, which says nothing about its bytes.
+        """
+        ...
 
 
 def write_shard_file(file: StorePath, views: Sequence[np.ndarray | None]) -> tuple[int, list[int]]:
@@ -61,129 +102,190 @@ def shard_name(shard: int, dims: int) -> str:
     return ".".join(["c", str(shard)] + ["0"] * (dims - 1))
 
 
-class ShardReader:
-    """Reads views of one sharded array into given buffers, from any number of threads.
+class OpenShards:
+    """Open shard files with their indexes, for the readers of all arrays together: descriptors are a process's own.
 
-    Shard indexes are read and checked once; at most `max_open` files are kept open, least recently used first out.
+    The file used longest ago is closed first, as soon as nobody reads from it.
     """
 
-    def __init__(self, *, node: Path, dims: int, view_bytes: int, shard_views: int, max_open: int = 128) -> None:
-        self._node = node
-        self._dims = dims
-        self._view_bytes = view_bytes
-        self._per = shard_views
-        self._max_open = max_open
+    def __init__(self, *, max_open: int | None = None) -> None:
+        """`max_open`: descriptors held at most (besides those in use at the moment); None: a share of the limit."""
+        self._max_open = _descriptor_budget() if max_open is None else max_open
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._indexes: OrderedDict[str, tuple[tuple[int, ...], np.ndarray]] = OrderedDict()
 
-    def file(self, row: int) -> Path:
-        """The file that holds a row."""
-        return self._node / shard_name(row // self._per, self._dims)
+    def get(self, file: str, *, views: int, ahead: bool) -> OpenShard:
+        """The shard at `file`, of `views` views; it stays open for as long as it is referred to.
 
-    def read_into(self, row: int, out: np.ndarray, *, verify: bool) -> int:
-        """Reads a view's bytes into `out` (uint8 [view_bytes], contiguous) and returns the crc32c stored with them.
-
-        With `verify`, the bytes are summed and compared with it.
+        Args:
+            ahead: when it is opened, ask the system to read all of it ahead.
 
         Raises:
-            ShardDamage: the shard or the view in it is missing, cut short or altered.
+            ShardDamage: it is missing, or its index is damaged.
+            ShardUnreachable: it cannot be opened now.
         """
-        shard, slot = divmod(row, self._per)
-        crc = bytearray(CRC_BYTES)
-        with self._use(shard) as opened:
-            offset, size = (int(x) for x in opened.index[slot])
-            if offset == ABSENT:
-                raise ShardDamage("the view is absent from its shard")
-            if size != self._view_bytes + CRC_BYTES:
-                raise ShardDamage(f"the index gives the view {size} bytes, expected {self._view_bytes + CRC_BYTES}")
-            _read_fully(opened.fd, [out.data, memoryview(crc)], offset)
-        stored = int.from_bytes(crc, "little")
-        if verify and (found := crc32c(out)) != stored:
-            raise ShardDamage(f"payload checksum is {found:08x}, expected {stored:08x}: bytes have changed")
-        return stored
+        with self._lock:
+            shard = self._open.get(file)
+            if shard is not None:
+                self._open.move_to_end(file)
+                return shard
+            known = self._indexes.get(file)
+        loaded = self._load(file, views, known)  # takes a while on network disks: no lock held
+        if ahead and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(loaded.fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        with self._lock:
+            shard = self._open.setdefault(file, loaded)
+            self._open.move_to_end(file)
+            self._indexes[file] = (loaded.identity, loaded.index)
+            self._indexes.move_to_end(file)
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+            while len(self._indexes) > INDEXES_KEPT:
+                self._indexes.popitem(last=False)
+        return shard
 
     def close(self) -> None:
         with self._lock:
-            for opened in self._open.values():
-                opened.retire()
             self._open.clear()
+            self._indexes.clear()
 
-    @contextlib.contextmanager
-    def _use(self, shard: int) -> Iterator[_OpenShard]:
-        """The open shard, which stays open while in use even where others push it out."""
-        with self._lock:
-            opened = self._open.get(shard)
-            if opened is not None:
-                opened.users += 1
-                self._open.move_to_end(shard)
-        if opened is None:
-            opened = self._admit(shard, self._load(shard))  # loading takes a while on network disks: no lock held
+    def _load(self, file: str, views: int, known: tuple[tuple[int, ...], np.ndarray] | None) -> OpenShard:
         try:
-            yield opened
-        finally:
-            with self._lock:
-                opened.users -= 1
-                opened.close_if_unused()
-
-    def _admit(self, shard: int, loaded: _OpenShard) -> _OpenShard:
-        """Registers a loaded shard as in use, or drops it for the one another thread registered meanwhile."""
-        with self._lock:
-            opened = self._open.setdefault(shard, loaded)
-            opened.users += 1
-            self._open.move_to_end(shard)
-            if opened is not loaded:
-                loaded.retire()
-            while len(self._open) > self._max_open:
-                self._open.popitem(last=False)[1].retire()
-        return opened
-
-    def _load(self, shard: int) -> _OpenShard:
-        file = self._node / shard_name(shard, self._dims)
-        try:
-            fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            shard = OpenShard(os.open(file, os.O_RDONLY))
         except FileNotFoundError:
             raise ShardDamage("the shard file is missing") from None
         except OSError as error:
-            raise ShardDamage(f"the shard file cannot be opened ({error.strerror})") from error
-        try:
-            return _OpenShard(fd=fd, index=_read_index(fd, self._per))
-        except BaseException:
-            os.close(fd)
-            raise
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                with self._lock:
+                    self._open.clear()  # others need descriptors too; these can be had again
+                with contextlib.suppress(OSError):
+                    return self._indexed(OpenShard(os.open(file, os.O_RDONLY)), views, known)
+            raise trouble(error, "the shard file cannot be opened") from error
+        return self._indexed(shard, views, known)
+
+    def _indexed(self, shard: OpenShard, views: int, known: tuple[tuple[int, ...], np.ndarray] | None) -> OpenShard:
+        """The shard with its index: the `known` one where it is of this very file."""
+        shard.index = known[1] if known and known[0] == shard.identity else _read_index(shard, views)
+        return shard
 
 
-class _OpenShard:
-    """A shard's descriptor and index. Guarded by its reader's lock."""
+class OpenShard:
+    """A shard file's descriptor, closed with the last reference to it, and its index."""
 
-    def __init__(self, *, fd: int, index: np.ndarray) -> None:
+    index: np.ndarray
+    """uint64 [views, 2]: offset and size of each view, `ABSENT` where there is none."""
+
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.index = index
-        self.users = 0
-        self._retired = False
+        found = os.fstat(fd)
+        self.size = found.st_size
+        self.identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def retire(self) -> None:
-        """Closes it as soon as nobody reads from it."""
-        self._retired = True
-        self.close_if_unused()
-
-    def close_if_unused(self) -> None:
-        if self._retired and self.users == 0 and self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
-def _read_index(fd: int, views: int) -> np.ndarray:
-    """uint64 [views, 2]: (offset, size) of each view."""
-    size = os.fstat(fd).st_size
-    n = views * _ENTRY + CRC_BYTES
-    if size < n:
-        raise ShardDamage(f"the shard file is cut short: {size} bytes, its index alone has {n}")
-    raw = bytearray(n)
-    _read_fully(fd, [memoryview(raw)], size - n)
+class ShardReader:
+    """`Shards` in local files.
+
+    Args:
+        node: the array's folder.
+        dims: of the array.
+        view_bytes: payload of a view.
+        shard_views: views per file.
+        files: whose descriptors to use; closing them is for whoever made them.
+        ahead: bool per shard: those of which all will be wanted soon after some; None: none.
+    """
+
+    by_shard = False
+
+    def __init__(
+        self,
+        *,
+        node: Path,
+        dims: int,
+        view_bytes: int,
+        shard_views: int,
+        files: OpenShards,
+        ahead: np.ndarray | None = None,
+    ) -> None:
+        self._before, self._after = f"{node / 'c'}.", ".0" * (dims - 1)
+        self._view_bytes = view_bytes
+        self._per = shard_views
+        self._files = files
+        self._ahead = ahead
+
+    def file(self, row: int) -> str:
+        return f"{self._before}{row // self._per}{self._after}"
+
+    def read(self, rows: Sequence[int], outs: Sequence[np.ndarray], *, verify: bool) -> list[int]:
+        return [self.read_into(row, out, verify=verify) for row, out in zip(rows, outs, strict=True)]
+
+    def read_into(self, row: int, out: np.ndarray, *, verify: bool) -> int:
+        """`read` of one view."""
+        shard, slot = divmod(row, self._per)
+        opened = self._files.get(
+            f"{self._before}{shard}{self._after}",
+            views=self._per,
+            ahead=self._ahead is not None and bool(self._ahead[shard]),
+        )
+        offset = view_offset(opened.index, slot, view_bytes=self._view_bytes)
+        crc = bytearray(CRC_BYTES)
+        _read_fully(opened.fd, [out.data, memoryview(crc)], offset)
+        return checked_crc(out, crc, verify=verify)
+
+
+def view_offset(index: np.ndarray, slot: int, *, view_bytes: int) -> int:
+    """Where a view's bytes begin in its shard.
+
+    Raises:
+        ShardDamage: it is not there, or has another size.
+    """
+    offset, size = index[slot].tolist()
+    if offset == ABSENT:
+        raise ShardDamage("the view is absent from its shard")
+    if size != view_bytes + CRC_BYTES:
+        raise ShardDamage(f"the index gives the view {size} bytes, expected {view_bytes + CRC_BYTES}")
+    return int(offset)
+
+
+def checked_crc(payload: np.ndarray, crc: bytes | bytearray, *, verify: bool) -> int:
+    """The crc32c stored as `crc`.
+
+    Raises:
+        ShardDamage: with `verify`, where `payload` has another.
+    """
+    stored = int.from_bytes(crc, "little")
+    if verify and (found := crc32c(payload)) != stored:
+        raise ShardDamage(f"payload checksum is {found:08x}, expected {stored:08x}: bytes have changed")
+    return stored
+
+
+def index_bytes(views: int) -> int:
+    """The size of the index at the end of a shard of `views` views."""
+    return views * _ENTRY + CRC_BYTES
+
+
+def parse_index(raw: bytes | bytearray | memoryview, views: int) -> np.ndarray:
+    """uint64 [views, 2]: (offset, size) of each view.
+
+    Raises:
+        ShardDamage: the checksum differs.
+    """
     body = bytes(raw[:-CRC_BYTES])
     if crc32c(body) != int.from_bytes(raw[-CRC_BYTES:], "little"):
         raise ShardDamage("the shard index is damaged or the file is cut short")
     return np.frombuffer(body, "<u8").reshape(views, 2)
+
+
+def _read_index(shard: OpenShard, views: int) -> np.ndarray:
+    n = index_bytes(views)
+    if shard.size < n:
+        raise ShardDamage(f"the shard file is cut short: {shard.size} bytes, its index alone has {n}")
+    raw = bytearray(n)
+    _read_fully(shard.fd, [memoryview(raw)], shard.size - n)
+    return parse_index(raw, views)
 
 
 def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
@@ -192,7 +294,7 @@ def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
         try:
             n = os.preadv(fd, buffers, offset)
         except OSError as error:
-            raise ShardDamage(f"reading failed ({error.strerror})") from error
+            raise trouble(error, "reading failed") from error
         if n == 0:
             raise ShardDamage("the shard file is cut short")
         offset += n
@@ -200,3 +302,19 @@ def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
             n -= len(buffers.pop(0))
         if buffers:
             buffers[0] = buffers[0][n:]
+
+
+def trouble(error: OSError, what: str) -> ShardDamage | ShardUnreachable:
+    """What an error of the system means for the shard it came with."""
+    kind = ShardUnreachable if error.errno is not None and error.errno not in _DAMAGE else ShardDamage
+    return kind(f"{what} ({error.strerror or error})")
+
+
+def _descriptor_budget() -> int:
+    """An eighth of what the process may open, at most 256: training opens images and logs too."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 64
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 256 if soft == resource.RLIM_INFINITY else max(4, min(256, soft // 8))

@@ -17,7 +17,7 @@ from rsmtdf.errors import StoreCorrupt
 from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import array_metadata, damaged, decode_chunk, encode_chunk
 from rsmtdf.store.checksum import crc32c
-from rsmtdf.store.places import names, put, read_each, remove
+from rsmtdf.store.places import names, put, read, read_each, remove
 
 TODO, DONE, SKIPPED, HOLE = 0, 1, 2, 3
 """States: not there yet; committed; skipped (a tile of its pair did not open); no view at all."""
@@ -62,8 +62,7 @@ class StatusArray:
         Raises:
             StoreCorrupt: the chunk file is damaged.
         """
-        (blob,) = read_each([self.chunk_file(shard)])
-        return self._decode(shard, blob)
+        return self._decode(shard, read(self.chunk_file(shard)))
 
     def _decode(self, shard: int, blob: bytes | None) -> np.ndarray:
         if blob is None:
@@ -167,9 +166,7 @@ class StatusArray:
         put(self.sealed_file, body + crc32c(body).to_bytes(4, "little"))
 
     def _read_sealed(self) -> dict[tuple[int, int], np.ndarray]:
-        try:
-            blob = self.sealed_file.read_bytes()
-        except FileNotFoundError:
+        if (blob := read(self.sealed_file)) is None:
             return {}
         body, crc = blob[:-4], int.from_bytes(blob[-4:], "little")
         if not body.startswith(_MAGIC) or crc32c(body) != crc:

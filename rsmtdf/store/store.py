@@ -557,4 +557,6 @@ class FeatureStore:
 
 
 def _locks(path: StorePath) -> Locks:
-    return ObjectLocks(store=path) if isinstance(path, ObjectPath) else StoreLocks(store=path, file=path / LOCK_FILE)
+    if isinstance(path, ObjectPath):
+        return ObjectLocks(store=path, folder=path / "provenance")
+    return StoreLocks(store=path, file=path / LOCK_FILE)

@@ -39,7 +39,7 @@ def keep_twins(path: StorePath, manifest: Manifest) -> None:
                 put(path / TWINS / file, data)
         for gone in set(names(path / TWINS / "teachers")) - set(manifest.teachers):
             remove_tree(path / TWINS / "teachers" / gone)
-    except OSError as error:
+    except (OSError, StoreError) as error:
         log.warning("%s: the second copy of its small files could not be written: %s", path, error)
 
 

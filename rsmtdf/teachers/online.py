@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -47,3 +47,11 @@ class OnlineFeatures:
             # Teachers run in inference mode, and autograd refuses to save such tensors (as a loss does its target).
             targets[name] = tokens.clone() if tokens.is_inference() else tokens
         return targets
+
+    def stream(self, batches: Iterable[np.ndarray], *, ahead: int) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Live teachers cannot see pixels before they are made.
+
+        Raises:
+            TeacherError: always.
+        """
+        raise TeacherError("live teachers need the views' pixels, so they fetch nothing ahead: use fetch")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,12 +38,12 @@ def first_row_read(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> int
     """The first view whose features training asks for."""
     rows: list[int] = []
 
-    def fetch(source: CachedFeatures, asked: np.ndarray, pixels: object = None) -> NoReturn:
-        rows.extend(asked.tolist())
+    def stream(source: CachedFeatures, batches: Iterable[np.ndarray], *, ahead: int) -> NoReturn:
+        rows.extend(next(iter(batches)).tolist())
         raise StoreCorrupt("enough")
 
     with monkeypatch.context() as patched, pytest.raises(StoreCorrupt, match="enough"):
-        patched.setattr(CachedFeatures, "fetch", fetch)
+        patched.setattr(CachedFeatures, "stream", stream)
         train(tiny, out)
     return rows[0]
 

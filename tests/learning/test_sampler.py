@@ -12,11 +12,11 @@ from rsmtdf.learning.sampler import Schedule
 
 
 def make(
-    *, seeds: int = 3, pairs: int = 10, labelled: int = 5, views: int = 4, batch: int = 8, seed: int = 0
+    *, seeds: int = 3, pairs: int = 10, labelled: int = 5, views: int = 4, batch: int = 8, seed: int = 0, **options: int
 ) -> Schedule:
     rows = {s: 1000 * (s + 1) + np.arange(2 * pairs).reshape(pairs, 2) for s in range(seeds)}
     weak = np.arange(labelled * views).reshape(labelled, views)
-    return Schedule(pairs=rows, weak=weak, batch=batch, seed=seed)
+    return Schedule(pairs=rows, weak=weak, batch=batch, seed=seed, **options)
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
@@ -74,3 +74,40 @@ def test_too_few_tiles_for_a_batch_says_how_many() -> None:
         make(pairs=10, batch=32)
     with pytest.raises(TrainingError, match="nothing to learn classes from"):
         make(labelled=0)
+
+
+def epoch_rows(schedule: Schedule, epoch: int) -> np.ndarray:
+    steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
+    return np.concatenate([schedule.rows(s).strong for s in steps])
+
+
+@given(st.integers(1, 5), st.integers(0, 6), st.sampled_from([2, 4, 8]))
+def test_a_window_holds_few_shards_at_a_time_and_shows_every_pair(window: int, epoch: int, batch: int) -> None:
+    shard_views = 8
+    schedule = make(pairs=40, batch=batch, shard_views=shard_views, window=window)
+    rows = epoch_rows(schedule, epoch)
+    assert sorted(rows) == sorted(epoch_rows(make(pairs=40, batch=batch), epoch)), "the same views, once each"
+    assert (rows[1::2] == rows[::2] + 1).all(), "partners together"
+    shards = rows // shard_views
+    for first in range(0, len(rows), shard_views * window):
+        assert len(set(shards[first : first + shard_views * window].tolist())) <= window
+    again = make(pairs=40, batch=batch, shard_views=shard_views, window=window)
+    last = (epoch + 1) * schedule.steps_per_epoch - 1
+    assert np.array_equal(again.rows(last).strong, rows[-batch:]), "whatever was asked for before"
+
+
+def test_windows_are_shuffled_anew_each_epoch() -> None:
+    schedule = make(seeds=1, pairs=40, shard_views=8, window=2)
+    one, two = epoch_rows(schedule, 0), epoch_rows(schedule, 1)
+    assert not np.array_equal(one, two)
+    assert list(dict.fromkeys((one // 8).tolist())) != list(dict.fromkeys((two // 8).tolist())), "shards in other order"
+    first = one[:16:2]
+    assert not np.array_equal(first, np.sort(first)), "pairs of a window are mixed"
+
+
+def test_a_window_of_all_shards_is_the_full_shuffle_but_another_schedule() -> None:
+    full, wide = make(pairs=40), make(pairs=40, shard_views=8, window=100)
+    assert np.array_equal(epoch_rows(full, 2), epoch_rows(wide, 2))
+    digests = {make(pairs=40, shard_views=8, window=w).digest() for w in (1, 2, 3)} | {full.digest()}
+    assert len(digests) == 4
+    assert full.digest() == make(pairs=40, shard_views=8).digest(), "runs that began without windows go on"

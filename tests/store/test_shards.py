@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from rsmtdf.store.arrays import array_metadata, write_metadata
-from rsmtdf.store.shards import ShardDamage, ShardReader, shard_name, write_shard_file
+from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, shard_name, write_shard_file
 
 SHAPE = (3, 4)
 BYTES = 24
@@ -30,8 +30,8 @@ def node(tmp_path):
     return tmp_path / "a"
 
 
-def reader(node, **options) -> ShardReader:
-    return ShardReader(node=node, dims=3, view_bytes=BYTES, shard_views=4, **options)
+def reader(node, files: OpenShards | None = None) -> ShardReader:
+    return ShardReader(node=node, dims=3, view_bytes=BYTES, shard_views=4, files=files or OpenShards())
 
 
 def read(source: ShardReader, row: int) -> np.ndarray:
@@ -93,7 +93,6 @@ def test_every_flipped_bit_is_found(node):
                 np.testing.assert_array_equal(read(source, row), view(row))
             except ShardDamage:
                 found += 1
-        source.close()
         assert found >= 1, f"bit {bit}"
 
 
@@ -106,18 +105,19 @@ def test_descriptors_are_bounded_and_closed(tmp_path):
     for shard in range(20):
         write_shard_file(tmp_path / shard_name(shard, 3), [view(shard)] * 4)
     before = open_files()
-    source = reader(tmp_path, max_open=3)
+    files = OpenShards(max_open=3)
+    source = reader(tmp_path, files)
     for row in range(80):
         np.testing.assert_array_equal(read(source, row), view(row // 4))
         assert open_files() <= before + 3
-    source.close()
+    files.close()
     assert open_files() == before
 
 
 def test_threads_that_push_each_others_files_out_read_right(tmp_path):
     for shard in range(10):
         write_shard_file(tmp_path / shard_name(shard, 3), [view(4 * shard + k) for k in range(4)])
-    source = reader(tmp_path, max_open=2)
+    source = reader(tmp_path, OpenShards(max_open=2))
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -129,7 +129,6 @@ def test_threads_that_push_each_others_files_out_read_right(tmp_path):
         t.start()
     for t in threads:
         t.join()
-    source.close()
     assert not wrong
 
 

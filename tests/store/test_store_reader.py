@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import resource
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
 
-from rsmtdf.errors import StoreIncomplete
+from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
 from rsmtdf.specs import FeatureSource
 from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.reader import FeatureReader
@@ -102,3 +105,64 @@ def test_a_compressed_archive_is_read_through_zarr(kit, store, path):
     with CachedFeatures(store, ["t"], device="cpu") as source:
         rows = kit.rows(store)
         assert torch.equal(source.fetch(rows)["t"], expected(kit, rows))
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+def test_the_fallback_reads_the_same_bytes_and_finds_the_same_errors(kit, path, codec):
+    store = kit.full(path, codec=codec)
+    name = store.teacher("t").arrays[-1].name
+    rows = kit.rows(store)[::-1]
+    shard = path / "teachers" / "t" / name / ("c.3.0.0" if codec == "fp16" else "c.3.0")
+    with FeatureReader(store, "t", threads=2) as fast, FeatureReader(store, "t", threads=2, force_zarr=True) as slow:
+        one, other = fast.get_many(rows), slow.get_many(rows)
+        assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in other.items()}
+    shutil.copy(shard.with_name(shard.name.replace("3", "0", 1)), shard)
+    for force_zarr in (False, True):
+        with FeatureReader(store, "t", force_zarr=force_zarr) as reader:
+            with pytest.raises(
+                StoreCorrupt, match=rf"view 12 .* file {path}/teachers/t/.*/c\.3\..*the status word says"
+            ):
+                reader.get_many([0, 12])
+            with pytest.raises(StoreIncomplete, match="lack view 10 "):
+                reader.get_many([0, 10])
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_status_words_cover_every_array(kit, path, verify):
+    """Exchanged scales have sound checksums of their own; the status word sums codes and scales together."""
+    store = kit.full(path, codec="int8")
+    scales = path / "teachers" / "t" / "token_scale"
+    shutil.copy(scales / "c.0.0", scales / "c.1.0")
+    with FeatureReader(store, "t", verify=verify) as reader:
+        with pytest.raises(
+            StoreCorrupt, match=r"view 4 .*checksum is .* the status word says .*/teachers/t/status/c\.1"
+        ):
+            reader.get_many([0, 4])
+        reader.get_many([0, 12])
+
+
+def test_what_it_fills_must_fit(store):
+    with FeatureReader(store, "t") as reader:
+        out = reader.empty(3)
+        assert reader.get_many([4, 2, 4], out=out) is out
+        np.testing.assert_array_equal(out["features"][0], out["features"][2])
+        wide = np.empty((3, 6, 16), np.float16)
+        for bad in (out["features"][:2], out["features"].astype(np.float32), wide[:, :, ::2]):
+            with pytest.raises(ValueError, match=r"out\['features'\] is .*expected float16 \(3, 6, 8\), C-contiguous"):
+                reader.get_many([4, 2, 4], out={"features": bad})
+        assert reader.get_many([])["features"].shape == (0, 6, 8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors through /proc")
+def test_no_descriptors_left_is_no_damage(store):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with FeatureReader(store, "t") as reader:
+        used = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(used, 3), hard))
+        try:
+            with pytest.raises(StoreError, match=r"Too many open files.*run the same command again") as caught:
+                reader.get_many([0])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not isinstance(caught.value, StoreCorrupt)
+        reader.get_many([0])

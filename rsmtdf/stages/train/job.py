@@ -102,9 +102,11 @@ def build_schedule(
         weak=weak_rows(store, sorted(labelled), usable),
         batch=train.batch,
         seed=train.seed,
+        shard_views=store.shard_views,
+        window=train.shuffle_window,
     )
 
 
 def resumable_config(train: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with its first part."""
-    return train.model_dump(mode="json", exclude={"workers"})
+    return train.model_dump(mode="json", exclude={"workers", "feature_threads"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 import resource
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 CALIBRATION_STEPS = 3
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, a note) after each step."""
+Targets = Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -144,8 +146,14 @@ class _Loop:
                 crc_of(job.store.view_status()), strict=config.pixel_mismatch == "error", where=str(job.store.path)
             )
         self._check = check
-        self._maker = BatchMaker(maker=job.maker, check=check, workers=config.workers)
+        self._per_step = config.batch // (config.micro_batch * job.ranks.world)
+        # A step takes all of its micro-batches at once: the next step's are made while it computes.
+        ahead = max(2, self._per_step)
+        self._maker = BatchMaker(maker=job.maker, check=check, workers=config.workers, ahead=ahead)
+        self._ahead = ahead
         self._feature_wait = 0.0
+        self._reading = contextlib.ExitStack()
+        """Closes what reads features ahead."""
 
     def length(self) -> int:
         """The number of steps; a budget in time is measured on copies, so that the run itself is unaffected."""
@@ -168,13 +176,15 @@ class _Loop:
         """The median duration of a few steps after a warm-up; changes this loop's student."""
         durations = []
         begun = time.perf_counter()
-        for step, batches in zip(
-            range(1 + CALIBRATION_STEPS), self._micro_batches(0, 1 + CALIBRATION_STEPS), strict=True
-        ):
-            float(self._one_step(step, CALIBRATION_STEPS + 1, batches)["loss"])
-            durations.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-        self._maker.close()
+        try:
+            for step, batches in zip(
+                range(1 + CALIBRATION_STEPS), self._micro_batches(0, 1 + CALIBRATION_STEPS), strict=True
+            ):
+                float(self._one_step(step, CALIBRATION_STEPS + 1, batches)["loss"])
+                durations.append(time.perf_counter() - begun)
+                begun = time.perf_counter()
+        finally:
+            self.close()
         return sorted(durations[1:])[CALIBRATION_STEPS // 2]
 
     def run(self, total: int, *, stop: StopFlag, progress: Progress | None) -> dict[str, Any]:
@@ -217,27 +227,46 @@ class _Loop:
                     log.info("no better mIoU for %d validations: ending at step %d", config.patience, at.step)
                     break
         finally:
-            self._maker.close()
+            self.close()
         return self._summary(total, time.perf_counter() - begun, first)
+
+    def close(self) -> None:
+        """Ends what is made and read ahead."""
+        self._reading.close()
+        self._maker.close()
 
     def _is_out_of_patience(self) -> bool:
         patience = self._job.experiment.train.patience
         return patience is not None and self._at.stale >= patience
 
-    def _micro_batches(self, start: int, stop: int) -> Iterator[list[ViewBatch]]:
+    def _micro_batches(self, start: int, stop: int) -> Iterator[list[tuple[ViewBatch, Targets | None]]]:
+        """Per step its micro-batches, with targets; None where `_to_device` is to fetch them, or none are needed."""
         size, ranks = self._job.experiment.train.micro_batch, self._job.ranks
+        source = self._job.source if self._method.needs_targets else None
 
         def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for step in range(start, stop):
                 for part in self._schedule.rows(step).micro_batches(size, rank=ranks.rank, world=ranks.world):
                     yield part.labelled, part.strong
 
-        made = self._maker.batches(rows())
-        per_step = self._job.experiment.train.batch // (size * ranks.world)
+        for_views, for_features = itertools.tee(rows())
+        made = self._maker.batches(for_views)
+        targets: Iterator[Targets | None] = itertools.repeat(None)
+        if source is not None and not source.needs_pixels:
+            targets = source.stream((np.concatenate(pair) for pair in for_features), ahead=self._ahead)
+            self._reading.callback(getattr(targets, "close", lambda: None))
         for _ in range(start, stop):
-            yield [next(made) for _ in range(per_step)]
+            yield [(next(made), self._awaited(targets)) for _ in range(self._per_step)]
 
-    def _one_step(self, step: int, total: int, batches: Sequence[ViewBatch]) -> dict[str, torch.Tensor]:
+    def _awaited(self, targets: Iterator[Targets | None]) -> Targets | None:
+        begun = time.perf_counter()
+        found = next(targets)
+        self._feature_wait += time.perf_counter() - begun
+        return found
+
+    def _one_step(
+        self, step: int, total: int, batches: Sequence[tuple[ViewBatch, Targets | None]]
+    ) -> dict[str, torch.Tensor]:
         config = self._job.experiment.train
         try:
             return train_step(
@@ -246,7 +275,7 @@ class _Loop:
                 optimiser=self._optimiser,
                 method=self._method,
                 config=self._settings,
-                micro_batches=[self._to_device(b) for b in batches],
+                micro_batches=[self._to_device(b, targets) for b, targets in batches],
                 step=step,
                 total_steps=total,
                 poly_power=config.poly_power,
@@ -262,15 +291,14 @@ class _Loop:
                 f"train.precision=bfloat16, in a new run. {_kept(self._job)}"
             ) from error
 
-    def _to_device(self, batch: ViewBatch) -> MicroBatch:
+    def _to_device(self, batch: ViewBatch, targets: Targets | None) -> MicroBatch:
         device, source = self._job.device, self._job.source
         labelled = torch.from_numpy(batch.labelled).to(device, non_blocking=True)
         strong = torch.from_numpy(batch.strong).to(device, non_blocking=True)
-        targets: Mapping[str, torch.Tensor] = {}
-        if source is not None and self._method.needs_targets:
+        if targets is None and source is not None and self._method.needs_targets:
             rows = np.concatenate([batch.labelled_rows, batch.strong_rows])
             begun = time.perf_counter()
-            targets = source.fetch(rows, torch.cat([labelled, strong]) if source.needs_pixels else None)
+            targets = source.fetch(rows, torch.cat([labelled, strong]))
             self._feature_wait += time.perf_counter() - begun
         return MicroBatch(
             labelled=normalise(labelled),
@@ -281,7 +309,7 @@ class _Loop:
             valid=torch.from_numpy(batch.valid).to(device),
             partner=torch.from_numpy(batch.partner).to(device),
             box=torch.from_numpy(batch.box).to(device),
-            targets=targets,
+            targets=targets or {},
         )
 
     def _any_rank(self, flag: bool) -> bool:

@@ -1,0 +1,135 @@
+"""`RangeShards`: shard files in object storage, read by byte ranges.
+
+A request costs a round trip whatever it fetches, so a shard's index is fetched once, from the end of the object, and
+the views that a batch wants of a shard are asked for together. Trying again is the storage library's affair.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import numpy as np
+
+from rsmtdf.store.arrays import CRC_BYTES
+from rsmtdf.store.shards import (
+    INDEXES_KEPT,
+    ShardDamage,
+    ShardUnreachable,
+    checked_crc,
+    index_bytes,
+    parse_index,
+    shard_name,
+    view_offset,
+)
+
+
+class RangeObject(Protocol):
+    """The part of `rsmtdf.objects.ObjectPath` that this needs. What it raises are OSErrors, as files do."""
+
+    def __truediv__(self, name: str) -> Self: ...
+
+    def read_tail(self, length: int) -> tuple[bytes, int]:
+        """The last `length` bytes, or all of a shorter object, and the size of the object."""
+        ...
+
+    def read_ranges(self, starts: Sequence[int], lengths: Sequence[int]) -> Sequence[bytes | memoryview]:
+        """The bytes of each range, in order."""
+        ...
+
+
+class RangeShards:
+    """`Shards` in object storage.
+
+    Args:
+        node: the array.
+        dims: of the array.
+        view_bytes: payload of a view.
+        shard_views: views per object.
+    """
+
+    by_shard = True
+
+    def __init__(self, *, node: RangeObject, dims: int, view_bytes: int, shard_views: int) -> None:
+        self._node, self._dims = node, dims
+        self._view_bytes, self._per = view_bytes, shard_views
+        self._lock = threading.Lock()
+        self._indexes: OrderedDict[int, tuple[np.ndarray, int]] = OrderedDict()
+
+    def file(self, row: int) -> str:
+        return str(self._object(row // self._per))
+
+    def read(self, rows: Sequence[int], outs: Sequence[np.ndarray], *, verify: bool) -> list[int]:
+        shard = rows[0] // self._per
+        with self._lock:
+            known = self._indexes.get(shard)
+        try:
+            return self._read(shard, rows, outs, known or self._index(shard), verify=verify)
+        except ShardDamage:
+            if known is None:
+                raise
+        # The object may have been replaced by a repaired one since its index was read.
+        return self._read(shard, rows, outs, self._index(shard), verify=verify)
+
+    def _read(
+        self,
+        shard: int,
+        rows: Sequence[int],
+        outs: Sequence[np.ndarray],
+        index: tuple[np.ndarray, int],
+        *,
+        verify: bool,
+    ) -> list[int]:
+        entries, end = index
+        length = self._view_bytes + CRC_BYTES
+        starts: list[int] = []
+        for place, row in enumerate(rows):
+            try:
+                start = view_offset(entries, row % self._per, view_bytes=self._view_bytes)
+                if start + length > end:
+                    raise ShardDamage("the index points beyond the end of the shard file")
+            except ShardDamage as damage:
+                raise ShardDamage(str(damage), place=place) from None
+            starts.append(start)
+        parts = self._ranges(shard, starts, length)
+        stored: list[int] = []
+        for place, (part, out) in enumerate(zip(parts, outs, strict=True)):
+            out[:] = np.frombuffer(part, np.uint8, count=self._view_bytes)
+            try:
+                stored.append(checked_crc(out, bytes(part[self._view_bytes :]), verify=verify))
+            except ShardDamage as damage:
+                raise ShardDamage(str(damage), place=place) from None
+        return stored
+
+    def _index(self, shard: int) -> tuple[np.ndarray, int]:
+        """Offset and size of each view, and where the index begins."""
+        n = index_bytes(self._per)
+        try:
+            raw, size = self._object(shard).read_tail(n)
+        except FileNotFoundError:
+            raise ShardDamage("the shard file is missing") from None
+        except OSError as error:
+            raise ShardUnreachable(f"reading its index failed: {error.strerror or error}") from error
+        if size < n:
+            raise ShardDamage(f"the shard file is cut short: {size} bytes, its index alone has {n}")
+        found = parse_index(raw, self._per), size - n
+        with self._lock:
+            self._indexes[shard] = found
+            self._indexes.move_to_end(shard)
+            while len(self._indexes) > INDEXES_KEPT:
+                self._indexes.popitem(last=False)
+        return found
+
+    def _ranges(self, shard: int, starts: Sequence[int], length: int) -> Sequence[bytes | memoryview]:
+        try:
+            return self._object(shard).read_ranges(starts, [length] * len(starts))
+        except FileNotFoundError:
+            raise ShardDamage("the shard file is missing") from None
+        except OSError as error:
+            what = f"reading {len(starts)} view(s) of {length:,} bytes failed: {error.strerror or error}"
+            raise ShardUnreachable(what) from error
+
+    def _object(self, shard: int) -> RangeObject:
+        return self._node / shard_name(shard, self._dims)
