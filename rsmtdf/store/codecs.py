@@ -150,8 +150,8 @@ class Int8:
 class Int4:
     """Channels standardised, then 4 bits per value under one fp16 scale per token and 32 channels: 0.28 of the bytes.
 
-    Two codes share a byte, the even channel in its lower half, each as code + 8. Codes go from -7 to 7, so no byte is 0.
-    The error is a tenth of the features' size, but noise: over many tokens it averages out.
+    Two codes share a byte, the even channel in its lower half, each as code + 8. Codes go from -7 to 7, so no byte is
+    0. The error is a tenth of the features' size, but noise: over many tokens it averages out.
     """
 
     def arrays(self, tokens: int, dim: int) -> tuple[EncodedArray, ...]:

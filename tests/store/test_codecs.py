@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from rsmtdf.config import CacheConfig
 from rsmtdf.errors import StoreError
+from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import CODECS, bytes_per_view, find_codec
 from rsmtdf.testing.codec_contract import CPU, DIM, TOKENS, CodecContract, features, moments
@@ -132,6 +134,20 @@ def test_bits_are_those_that_stores_hold(name, dim, encoded_crc, decoded_crc):
         total = crc32c(values.numpy(), start=total)
     decoded = CODECS[name].decode(encoded, mean=mean, std=std, device=CPU)
     assert (f"{total:08x}", f"{crc32c(decoded.numpy()):08x}") == (f"{encoded_crc:08x}", f"{decoded_crc:08x}")
+
+
+@pytest.mark.parametrize("force_zarr", [False, True])
+@pytest.mark.parametrize("name", list(CODECS))
+def test_a_store_gives_back_what_the_codec_makes_of_features(kit, path, name, force_zarr):
+    store = kit.full(path, codec=name)
+    rows = kit.rows(store)
+    x = torch.stack([kit.feature("t", int(row)) for row in rows])
+    with CachedFeatures(store, ["t"], device="cpu", force_zarr=force_zarr) as source:
+        assert torch.equal(source.fetch(rows)["t"], store.teacher("t").roundtrip(x))
+    for array in store.teacher("t").arrays:
+        holes = np.delete(zarr.open_group(path, mode="r")[f"teachers/t/{array.name}"][:], rows, axis=0)
+        assert len(holes)
+        assert (np.isnan(holes) if np.isnan(array.fill) else holes == array.fill).all()
 
 
 def test_unknown_codec_lists_the_known():
