@@ -18,8 +18,9 @@ from rsmtdf.data.discover import Proposal, propose
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.files import write_whole
 from rsmtdf.specs import DatasetSpec, SplitSpec, to_dict
+from rsmtdf.store.codecs import CODECS, bytes_per_view
 from rsmtdf.teachers.presets import PRESETS
-from rsmtdf.teachers.registry import bytes_per_view, describe, fetch
+from rsmtdf.teachers.registry import describe, fetch
 
 PAPER_GRID = (37, 37)
 """The student's patches in a 518 px view: what dense teachers match in the paper."""
@@ -62,10 +63,10 @@ def check(
 def list_teachers() -> tuple[dict[str, Any], str]:
     """The presets with model, licence and size for the paper's 37 x 37 grid."""
     found: dict[str, Any] = {}
-    lines = [f"{'name':<20} {'tokens':>7} {'dim':>5} {'fp16 MB':>8}  {'licence':<22} model"]
+    lines = [f"{'name':<20} {'tokens':>7} {'dim':>5} {'int8 MB':>8} {'fp16 MB':>8}  {'licence':<22} model"]
     for name, source in PRESETS.items():
         spec = describe(source, student_grid=PAPER_GRID)
-        size = bytes_per_view(spec)
+        size = {codec: bytes_per_view(codec, spec.tokens, spec.dim) for codec in CODECS}
         found[name] = {
             "library": source.library,
             "model": source.model,
@@ -77,8 +78,8 @@ def list_teachers() -> tuple[dict[str, Any], str]:
             "bytes_per_view": size,
         }
         lines.append(
-            f"{name:<20} {spec.tokens:>7,} {spec.dim:>5} {size['fp16'] / 1e6:>8.2f}  {source.licence:<22} "
-            f"{source.library} {source.model}"
+            f"{name:<20} {spec.tokens:>7,} {spec.dim:>5} {size['int8'] / 1e6:>8.2f} {size['fp16'] / 1e6:>8.2f}  "
+            f"{source.licence:<22} {source.library} {source.model}"
         )
     lines.append("Any other timm or open_clip model: name it in the configuration (library, model, weights).")
     return found, "\n".join(lines)

@@ -96,13 +96,6 @@ def fetch(source: TeacherSource) -> Path:
     return library(source).fetch(source)
 
 
-def bytes_per_view(spec: FeatureSpec) -> dict[str, int]:
-    """Codec -> bytes of one view's features in a store, checksums not counted (design, section 4)."""
-    values = spec.tokens * spec.dim
-    groups = spec.tokens * -(-spec.dim // 32)
-    return {"fp16": 2 * values, "int8": values + 2 * spec.tokens, "int4": -(-values // 2) + 2 * groups}
-
-
 def library(source: TeacherSource) -> TeacherLibrary:
     """The library of `source`.
 
