@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,24 @@ class Bucket:
                 self._clients[prefix] = self._connect(prefix)
             return self._clients[prefix]
 
+    def ask(self, url: str, work: Callable[[ObjectStore], T], *, repeat: bool = True) -> T:
+        """`work` with the client, its errors as OSErrors about `url`.
+
+        With `repeat` it is done again when the connection was cut: the client repeats requests, but not always what
+        had begun to answer. A call then takes 2 `retry_s` at most, plus one `SILENCE_S`.
+        """
+        start, pause = time.monotonic(), 0.1
+        client = self.client()
+        while True:
+            try:
+                with as_os_errors(url):
+                    return work(client)
+            except (ConnectionError, TimeoutError):
+                if not repeat or time.monotonic() - start > self.retry_s:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_BACKOFF_S)
+
     def parallel(self, work: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
         """`work` of each item, several at a time, in order."""
         if len(items) < 2:
@@ -144,7 +163,9 @@ def as_os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise OSError(errno.ENOENT, _reason(error), url) from None
+        # An upload in parts whose end was not heard of, and is no more: the object is to be sent again.
+        number = errno.ECONNABORTED if "NoSuchUpload" in str(error) else errno.ENOENT
+        raise OSError(number, _reason(error), url) from None
     except (theirs.PermissionDeniedError, theirs.UnauthenticatedError) as error:
         raise OSError(errno.EACCES, _reason(error), url) from None
     except theirs.NotSupportedError as error:

@@ -13,12 +13,13 @@ What can stand where a store's path is asked for, and what is read from the envi
   or the instance's account; GOOGLE_SKIP_SIGNATURE=true for public buckets.
 - `az://container/path`, `abfs://container@account.dfs.core.windows.net/path`: AZURE_STORAGE_ACCOUNT_NAME, and
   AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, or AZURE_CLIENT_ID, AZURE_CLIENT_SECRET, AZURE_TENANT_ID.
-- `https://host/path`: for reading only. Most web servers cannot list their files, so `names` and `walk` fail there.
+- `https://host/path`: for reading only, and without lists: `names`, `walk` and `is_dir` fail.
 
 A request that meets a 5xx answer, a refused or cut connection or a stall is tried again, after 0.1 s at first and 5 s
-at most, until a minute has passed; a connection that is silent for 30 s has stalled. A read that is short of bytes
-after that is an error. Uploads ended by kill -9 can leave invisible parts, which are charged for: give the bucket a
-lifecycle rule that aborts incomplete multipart uploads.
+at most, until a minute has passed; a connection that is silent for 30 s has stalled. In the worst case, answers cut in
+the middle after a minute of errors, a call takes two and a half minutes. A short read is always an error. Uploads ended
+by kill -9 can leave invisible parts, which are charged for: give the bucket a lifecycle rule that aborts incomplete
+multipart uploads.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ import contextlib
 import errno
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from rsmtdf.buckets import RETRY_S, Bucket, as_os_errors
+from rsmtdf.buckets import RETRY_S, Bucket
 from rsmtdf.errors import StoreError
 
 if TYPE_CHECKING:
     import zarr.storage
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
+T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "https", "http")
@@ -117,18 +120,24 @@ class ObjectPath:
 
     def read_tagged(self) -> tuple[bytes, Version]:
         """The whole object and its version, for `replace_if`."""
-        with self._client() as client:
+
+        def work(client: ObjectStore) -> tuple[bytes, ObjectMeta]:
             result = client.get(self.key)
-            data, meta = bytes(result.bytes()), result.meta
+            return bytes(result.bytes()), result.meta
+
+        data, meta = self._ask(work)
         self._check_length(data, meta["size"])
         return data, Version(meta["e_tag"], meta["version"])
 
     def read_tail(self, length: int) -> tuple[bytes, int]:
         """The last `length` bytes, or all of a shorter object, and the size of the object."""
+
+        def work(client: ObjectStore) -> tuple[bytes, int]:
+            result = client.get(self.key, options={"range": {"suffix": length}})
+            return bytes(result.bytes()), result.meta["size"]
+
         try:
-            with self._client() as client:
-                result = client.get(self.key, options={"range": {"suffix": length}})
-                data, size = bytes(result.bytes()), result.meta["size"]
+            data, size = self._ask(work)
         except OSError as error:
             # Nothing is no range of an empty object, and Azure has no ranges from the end.
             if error.errno not in (errno.EIO, errno.ENOTSUP):
@@ -156,15 +165,13 @@ class ObjectPath:
 
     def _read_request(self, request: tuple[int, int, list[int]]) -> memoryview:
         start, stop, _ = request
-        with self._client() as client:
-            data = memoryview(client.get_range(self.key, start=start, end=stop))
+        data = memoryview(self._ask(lambda client: client.get_range(self.key, start=start, end=stop)))
         self._check_length(data, stop - start)
         return data
 
     def size(self) -> int:
         """Bytes of the object."""
-        with self._client() as client:
-            return client.head(self.key)["size"]
+        return self._ask(lambda client: client.head(self.key)["size"])
 
     def is_file(self) -> bool:
         if not self.key:
@@ -177,7 +184,7 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Whether there is an object below it."""
-        return next(self.walk(), None) is not None
+        return self._list(lambda client: next(self._below(client), None)) is not None
 
     def exists(self) -> bool:
         """Whether there is an object, or one below it; on web servers, which list nothing, an object."""
@@ -185,27 +192,27 @@ class ObjectPath:
 
     def names(self) -> list[str]:
         """Names of the objects and prefixes right below it, sorted; none if there is nothing."""
-        with self._listing() as client:
-            found = client.list_with_delimiter(self.key or None)
+        found = self._list(lambda client: client.list_with_delimiter(self.key or None))
         keys = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return sorted({key.rpartition("/")[2] for key in keys if key != self.key})
 
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """(key relative to this one, bytes) of every object below it, in no order."""
+    def walk(self) -> list[tuple[str, int]]:
+        """(key relative to this one, bytes) of every object below it."""
+        return self._list(lambda client: list(self._below(client)))
+
+    def _below(self, client: ObjectStore) -> Iterator[tuple[str, int]]:
         prefix = f"{self.key}/" if self.key else ""
-        with self._listing() as client:
-            for batch in client.list(self.key or None, chunk_size=1000):
-                for meta in batch:
-                    # An object of its own name with a slash at the end is what web consoles make of a new folder.
-                    if meta["path"].startswith(prefix):
-                        yield meta["path"][len(prefix) :], meta["size"]
+        for batch in client.list(self.key or None, chunk_size=1000):
+            for meta in batch:
+                # Its own name with a slash at the end is what web consoles make of a new folder.
+                if meta["path"].startswith(prefix):
+                    yield meta["path"][len(prefix) :], meta["size"]
 
     # Writing
 
     def write_bytes(self, data: Data) -> None:
         """Makes or replaces the object, whole or not at all."""
-        with self._client(writing=True) as client:
-            client.put(self.key, _bytes(data), chunk_size=PART_BYTES, max_concurrency=PARALLEL_PARTS)
+        self._write(lambda c: c.put(self.key, _bytes(data), chunk_size=PART_BYTES, max_concurrency=PARALLEL_PARTS))
 
     def create(self, data: Data) -> Version | None:
         """Makes the object if there is none; None if there is one, whoever has made it.
@@ -213,26 +220,28 @@ class ObjectPath:
         After a ConnectionError it may be there or not. After a lost answer the repeated request finds the object of
         the first and returns None: who needs to know that it was them puts something into it that nobody else would.
         """
-        with self._client(writing=True) as client:
-            import obstore.exceptions as theirs
-
-            try:
-                made = client.put(self.key, _bytes(data), mode="create")
-            except theirs.AlreadyExistsError:
-                return None
-        return Version(made["e_tag"], made["version"])
+        return self._put_if(data, "create")
 
     def replace_if(self, data: Data, version: Version) -> Version | None:
         """Replaces the object if it still is of `version`; None if it is another or gone. See `create` for doubts."""
-        expected = {k: v for k, v in (("e_tag", version.e_tag), ("version", version.number)) if v is not None}
-        with self._client(writing=True) as client:
-            import obstore.exceptions as theirs
+        tags = {"e_tag": version.e_tag, "version": version.number}
+        try:
+            return self._put_if(data, {k: v for k, v in tags.items() if v is not None})
+        except FileNotFoundError:
+            self.parent.names()  # which raises it again if it is the bucket that is missing
+            return None
+
+    def _put_if(self, data: Data, mode: Any) -> Version | None:
+        def work(client: ObjectStore) -> Version | None:
+            from obstore.exceptions import AlreadyExistsError, PreconditionError
 
             try:
-                made = client.put(self.key, _bytes(data), mode=expected)  # type: ignore[arg-type]
-            except (theirs.PreconditionError, FileNotFoundError):
+                made = client.put(self.key, _bytes(data), mode=mode)
+            except (AlreadyExistsError, PreconditionError):
                 return None
-        return Version(made["e_tag"], made["version"])
+            return Version(made["e_tag"], made["version"])
+
+        return self._write(work, repeat=False)
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Removes the object.
@@ -242,15 +251,21 @@ class ObjectPath:
         """
         if not missing_ok:
             self.size()
-        with self._client(writing=True) as client, contextlib.suppress(FileNotFoundError):
-            client.delete(self.key)
+        with contextlib.suppress(FileNotFoundError):
+            self._write(lambda client: client.delete(self.key))
 
     def remove_tree(self) -> None:
         """Removes every object below it, a thousand by one request where the server can."""
-        keys = [key for key, _ in self.walk()]
+        keys = [f"{self.key}/{key}".lstrip("/") for key, _ in self.walk()]
         for k in range(0, len(keys), 1000):
-            with self._client(writing=True) as client, contextlib.suppress(FileNotFoundError):
-                client.delete([f"{self.key}/{key}".lstrip("/") for key in keys[k : k + 1000]])
+            self._remove(keys[k : k + 1000])
+
+    def _remove(self, keys: list[str]) -> None:
+        try:
+            self._write(lambda client: client.delete(keys))
+        except FileNotFoundError:  # somebody else has removed one, and the rest may be there
+            for key in keys:
+                ObjectPath(self.bucket, key).unlink(missing_ok=True)
 
     # For others
 
@@ -260,24 +275,18 @@ class ObjectPath:
 
         return zarr.storage.ObjectStore(self.bucket.client(self.key), read_only=read_only)
 
-    @contextlib.contextmanager
-    def _client(self, *, writing: bool = False) -> Iterator[ObjectStore]:
-        if writing and self.bucket.is_web:
-            raise OSError(errno.EROFS, "web servers are for reading only; write to s3://, gs:// or az://", str(self))
-        client = self.bucket.client()
-        with as_os_errors(str(self)):
-            yield client
+    def _ask(self, work: Callable[[ObjectStore], T], *, repeat: bool = True) -> T:
+        return self.bucket.ask(str(self), work, repeat=repeat)
 
-    @contextlib.contextmanager
-    def _listing(self) -> Iterator[ObjectStore]:
-        try:
-            with self._client() as client:
-                yield client
-        except OSError as error:
-            if not self.bucket.is_web:
-                raise
-            reason = f"this web server does not list its files: {error.strerror}"
-            raise OSError(errno.ENOTSUP, reason, str(self)) from None
+    def _list(self, work: Callable[[ObjectStore], T]) -> T:
+        if self.bucket.is_web:
+            raise OSError(errno.ENOTSUP, "a web server does not list its files", str(self))
+        return self._ask(work)
+
+    def _write(self, work: Callable[[ObjectStore], T], *, repeat: bool = True) -> T:
+        if self.bucket.is_web:
+            raise OSError(errno.EROFS, "web servers are for reading only; write to s3://, gs:// or az://", str(self))
+        return self._ask(work, repeat=repeat)
 
     def _check_length(self, data: bytes | memoryview, expected: int) -> None:
         if len(data) != expected:
@@ -298,7 +307,9 @@ def store_path(text: str | StorePath, *, retry_s: float = RETRY_S) -> StorePath:
     """
     if isinstance(text, ObjectPath):
         return text
-    found = re.fullmatch(r"([a-z][a-z0-9+]+):(//|/)([^/]*)/*(.*)", text.as_posix() if isinstance(text, Path) else text)
+    found = re.fullmatch(
+        r"([a-z][a-z0-9+]+):(//|/)([^/]*)/*(.*)", text.as_posix() if isinstance(text, Path) else text, re.DOTALL
+    )
     if found is None or (found[2] == "/" and found[1] not in SCHEMES):
         return Path(text)
     scheme, authority, key = found[1], found[3], found[4].rstrip("/")
