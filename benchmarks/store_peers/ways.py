@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Way:
 
     name: str
     format: str
-    open: Callable[[Path, Views], contextlib.AbstractContextManager[Reads]]
+    open: Callable[[Path, Views], AbstractContextManager[Reads]]
     single: bool = True
     """Whether reading one view at a time is a way that its users have."""
     batched: bool = True
@@ -92,9 +93,7 @@ def _pread(folder: Path, views: Views) -> Iterator[Reads]:
             os.close(fd)
 
 
-def _ours(
-    *, verify: bool = True, threads: int = 1
-) -> Callable[[Path, Views], contextlib.AbstractContextManager[Reads]]:
+def _ours(*, verify: bool = True, threads: int = 1) -> Callable[[Path, Views], AbstractContextManager[Reads]]:
     @contextlib.contextmanager
     def opened(folder: Path, views: Views) -> Iterator[Reads]:
         store = FeatureStore.open(folder / "feats.zarr")
@@ -177,7 +176,7 @@ def _zarr_oindex(folder: Path, views: Views) -> Iterator[Reads]:
     )
 
 
-def _tensorstore(node_of: Callable[[Path, Views], Path]) -> Callable[..., contextlib.AbstractContextManager[Reads]]:
+def _tensorstore(node_of: Callable[[Path, Views], Path]) -> Callable[..., AbstractContextManager[Reads]]:
     @contextlib.contextmanager
     def opened(folder: Path, views: Views) -> Iterator[Reads]:
         node = node_of(folder, views)
@@ -246,8 +245,7 @@ WAYS: dict[str, Way] = {
         Way(
             name="rsmtdf, verified, 2 threads",
             format="rsmtdf",
-            open=_ours(verify=True, threads=2),
-            role="ours",
+            open=_ours(threads=2),
             single=False,
         ),
         Way(name="rsmtdf, unverified", format="rsmtdf", open=_ours(verify=False)),
@@ -255,7 +253,6 @@ WAYS: dict[str, Way] = {
             name="rsmtdf, unverified, 2 threads",
             format="rsmtdf",
             open=_ours(verify=False, threads=2),
-            role="ours",
             single=False,
         ),
         Way(name="zarr-python a[i]", format="rsmtdf", open=_zarr),
