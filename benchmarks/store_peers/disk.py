@@ -32,7 +32,7 @@ COLD = (
 def write_rates(root: Path, views: Views, *, rounds: int) -> list[dict[str, Any]]:
     """Every format in turn, `rounds` times; the last round's files stay under `root`/<format>.
 
-    `fsync` is what it takes to make the files durable afterwards; ours already are.
+    Each rate is also given with the fsync of all files and folders that formats need which do none themselves.
     """
     rng = np.random.default_rng(0)
     seconds = {name: np.zeros((rounds, 3)) for name in FORMATS}

@@ -62,7 +62,10 @@ def open_epochs(root: Path, views: Views) -> Iterator[dict[str, Callable[[int], 
             items = Items(root, views.without_values(), name)
             epochs[f"{name}, DataLoader"] = _dataloader(items, context, shuffle=True)
         epochs[WEBDATASET] = _dataloader(stream(root / "WebDataset", views), context, shuffle=None)
-        yield epochs
+        try:
+            yield epochs
+        finally:
+            epochs.clear()  # ends the workers, whose maps would keep pages from leaving the cache
 
 
 class Items(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -30,7 +30,7 @@ class Format:
     begin: Callable[[Path, Views], Fill]
     """Prepares a new folder; what it returns writes the payload, and is what is timed."""
     durable: bool = False
-    """Whether it fsyncs by itself; the others leave that to the caller."""
+    """Whether it fsyncs its files by itself; the others leave that to the caller."""
 
 
 def _store(folder: Path, views: Views) -> Fill:
@@ -170,8 +170,8 @@ FORMATS: dict[str, Format] = {
         Format(name="raw file", begin=_raw),
         Format(name="rsmtdf", begin=_store, durable=True),
         Format(name="zarr-python", begin=_zarr_python),
-        Format(name="tensorstore, crc32c", begin=_tensorstore(crc=True)),
-        Format(name="tensorstore, no crc", begin=_tensorstore(crc=False)),
+        Format(name="tensorstore, crc32c", begin=_tensorstore(crc=True), durable=True),
+        Format(name="tensorstore, no crc", begin=_tensorstore(crc=False), durable=True),
         Format(name="one .npy", begin=_npy),
         Format(name=".npy per view", begin=_file_per_view(".x", _save_npy)),
         Format(
