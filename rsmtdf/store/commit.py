@@ -23,7 +23,7 @@ from rsmtdf.store.places import put
 from rsmtdf.store.segments import padded
 from rsmtdf.store.shards import shard_name, write_shard_file
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crc_of, state_of, word
-from rsmtdf.store.stored_teacher import StoredTeacher
+from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout
 
 if TYPE_CHECKING:
     from rsmtdf.store.store import FeatureStore
@@ -50,6 +50,8 @@ def commit_shard(
     first = shard * store.shard_views
     _check_pixels(store, {r: int(old_words[r - first]) for r in present}, view_crcs)
     teachers = {name: store.teacher(name) for name in features}
+    for teacher in teachers.values():
+        require_own_layout(teacher)
     encoded = {name: _encoded(t, features[name], present) for name, t in teachers.items()}
 
     view_words = np.full(store.shard_views, word(HOLE), np.uint64)

@@ -26,7 +26,7 @@ from rsmtdf.store.arrays import PlainArray, array_metadata, chunk_length, group_
 from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, commit_first, library_versions
 from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, plan_growth, view_keys
 from rsmtdf.store.status import StatusArray
-from rsmtdf.store.stored_teacher import StoredTeacher, resize_teacher
+from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout, resize_teacher
 from rsmtdf.store.tiles import write_tiles
 
 LOCK_FILE = PurePosixPath("provenance/locks")
@@ -139,6 +139,8 @@ def grow_store(
     Returns:
         The new committed state.
     """
+    for teacher in teachers.values():
+        require_own_layout(teacher)
     growth = plan_growth(
         new,
         n_rows=manifest.n_rows,

@@ -22,6 +22,7 @@ from rsmtdf.store.arrays import (
     damaged,
     group_metadata,
     read_metadata,
+    same_layout,
     set_length,
     write_metadata,
 )
@@ -170,6 +171,10 @@ def load_teacher(path: StorePath, *, digest: str, shard_views: int) -> StoredTea
         spec = from_dict(FeatureSpec, data["spec"])
     except ValueError as error:
         raise StoreError(f"{path} cannot be understood by this version of rsmtdf: {error}; use a newer one") from error
+    try:
+        find_codec(data["codec"])
+    except StoreError as error:
+        raise StoreError(f"{path} cannot be read by this version of rsmtdf: {error}; use a newer one") from error
     moments: list[np.ndarray] = []
     for label in _STATISTICS:
         values = _moment_array(path, label, spec.dim).read(spec.dim)
@@ -185,6 +190,22 @@ def load_teacher(path: StorePath, *, digest: str, shard_views: int) -> StoredTea
         std=moments[1],
         statistics=data["statistics"],
     )
+
+
+def require_own_layout(teacher: StoredTeacher) -> None:
+    """Passes if shards of `teacher` can be written: its arrays lie in the layout of this code.
+
+    Raises:
+        StoreError: one is archived in another layout, which only reading knows.
+    """
+    for array in teacher.arrays:
+        node = teacher.path / array.name
+        # The length is left out: `same_layout` does not compare it.
+        if not same_layout(read_metadata(node), teacher.array_metadata(array, 0)):
+            raise StoreError(
+                f"{node} is archived: it is not in the layout that rsmtdf writes, so no view can be added to it or "
+                "replaced in it; rsmtdf cache recode makes a store that can grow"
+            )
 
 
 def resize_teacher(teacher: StoredTeacher, n_rows: int) -> None:
