@@ -21,9 +21,9 @@ GRID, DIM = (2, 3), 64
 
 
 def documented(repo: Path) -> dict[str, str]:
-    """Codec -> its line of NumPy, out of the table in the documentation."""
-    table = re.compile(r"^\| `(\w+)` \|.*\| `([^`]+)` \|$", re.MULTILINE)
-    return dict(table.findall((repo / "docs" / "store-format.md").read_text()))
+    """Codec -> its line of NumPy, out of the documentation."""
+    lines = re.compile(rf"^    ({'|'.join(CODECS)}) = (.+)$", re.MULTILINE)
+    return dict(lines.findall((repo / "docs" / "store-format.md").read_text()))
 
 
 def by_zarr_python(path: Path, group: str) -> Arrays:
@@ -83,7 +83,8 @@ def test_one_documented_line_decodes_a_view(kit, repo, stored, reader):
     assert codec in formulas, f"docs/store-format.md has no line for {codec}"
     arrays = READERS[reader](stored.path, "teachers/t")
     names = {a.name for a in stored.teacher("t").arrays} | {"channel_mean", "channel_std"}
-    scope: dict[str, Any] = {"np": np} | {name: arrays[name] for name in names}
+    scope: dict[str, Any] = {"np": np, "t": GRID[0] * GRID[1], "c": DIM} | {name: arrays[name] for name in names}
+    scope |= {name: arrays[name][:] for name in ("channel_mean", "channel_std")}
     with FeatureReader(stored, "t") as features:
         for row in kit.rows(stored).tolist():
             encoded = {k: torch.from_numpy(v) for k, v in features.get_many([row]).items()}
