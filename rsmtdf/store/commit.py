@@ -18,6 +18,7 @@ import torch
 from rsmtdf.errors import StoreError, StoreMismatch
 from rsmtdf.files import write_whole
 from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.manifest import signed
 from rsmtdf.store.segments import padded
 from rsmtdf.store.shards import shard_name, write_shard_file
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crc_of, state_of, word
@@ -63,7 +64,7 @@ def commit_shard(
     try:
         words: dict[str, np.ndarray] = {}
         for name, teacher in teachers.items():
-            _withdraw(store, teacher.status, shard)
+            _withdraw(store, teacher.status, shard, keep=_unchanged(teacher, shard, present, encoded[name]))
             n, sums = _write_arrays(teacher, shard, present, encoded[name], first)
             words[name] = np.full(store.shard_views, word(HOLE), np.uint64)
             for row in rows:
@@ -92,13 +93,29 @@ def withdraw_shard(store: FeatureStore, shard: int, teacher: str) -> None:
     _withdraw(store, store.teacher(teacher).status, shard)
 
 
-def _withdraw(store: FeatureStore, status: StatusArray, shard: int) -> None:
-    """Sets a shard's committed words to todo, before its data change."""
+def _withdraw(store: FeatureStore, status: StatusArray, shard: int, *, keep: list[int] | None = None) -> None:
+    """Sets a shard's committed words to todo before its data change, but for the slots whose bytes stay as they are."""
     words = status.read_shard(shard)
     committed = np.isin(state_of(words), (DONE, SKIPPED))
+    committed[keep or []] = False
     if committed.any():
         _break_seal(store, status, shard)
         status.write_shard(shard, np.where(committed, np.uint64(word(TODO)), words))
+
+
+def _unchanged(teacher: StoredTeacher, shard: int, present: list[int], encoded: Mapping[str, np.ndarray]) -> list[int]:
+    """The slots that are done and get the same bytes again: a kill while a shard is mended costs no sound view."""
+    words, first = teacher.status.read_shard(shard), shard * teacher.shard_views
+    done = state_of(words) == DONE
+    slots = []
+    for j, row in enumerate(present):
+        if done[row - first]:
+            crc = 0
+            for array in teacher.arrays:
+                crc = crc32c(encoded[array.name][j], start=crc)
+            if crc == crc_of(words)[row - first]:
+                slots.append(row - first)
+    return slots
 
 
 def _break_seal(store: FeatureStore, status: StatusArray, shard: int) -> None:
@@ -179,7 +196,8 @@ def _check_pixels(store: FeatureStore, old: Mapping[int, int], view_crcs: Mappin
 def _write_note(path: Path, teacher: str, shard: int, note: Mapping[str, Any]) -> None:
     folder = path / "provenance" / teacher
     folder.mkdir(exist_ok=True)
-    write_whole(folder / f"{shard}.json", json.dumps(note, default=str).encode())
+    body = json.loads(json.dumps(note, default=str))
+    write_whole(folder / f"{shard}.json", json.dumps(signed(body)).encode())
 
 
 def _text_keys(skipped: Mapping[int, str]) -> dict[str, str]:

@@ -72,9 +72,7 @@ def make_store(
         building.mkdir(parents=True)
         for group in ("tiles", "views", "teachers"):
             write_metadata(building / group, group_metadata())
-        # A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays.
-        notes = array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",))
-        write_metadata(building / "provenance", notes)
+        write_metadata(building / "provenance", provenance_metadata())
         (building / LOCK_FILE).touch()
         status = StatusArray(path=building / "views" / "status", shard_views=shard_views)
         write_metadata(status.path, status.metadata(0))
@@ -90,6 +88,11 @@ def make_store(
         raise StoreError(f"cannot make a feature store at {path}: {error.strerror}; nothing is left there") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def provenance_metadata() -> dict[str, Any]:
+    """A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays."""
+    return array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",))
 
 
 def grow_store(

@@ -174,18 +174,31 @@ class _OpenShard:
             self.fd = -1
 
 
-def _read_index(fd: int, views: int) -> np.ndarray:
-    """uint64 [views, 2]: (offset, size) of each view."""
-    size = os.fstat(fd).st_size
-    n = views * _ENTRY + CRC_BYTES
-    if size < n:
-        raise ShardDamage(f"the shard file is cut short: {size} bytes, its index alone has {n}")
-    raw = bytearray(n)
-    _read_fully(fd, [memoryview(raw)], size - n)
-    body = bytes(raw[:-CRC_BYTES])
+def index_bytes(views: int) -> int:
+    """Length of a shard's index, at the end of its file, with its checksum."""
+    return views * _ENTRY + CRC_BYTES
+
+
+def parse_index(raw: bytes, views: int) -> np.ndarray:
+    """uint64 [views, 2]: (offset, size) of each view, from the last `index_bytes` of a shard file.
+
+    Raises:
+        ShardDamage: it is too short or altered.
+    """
+    if len(raw) != index_bytes(views):
+        raise ShardDamage(f"the shard file is cut short: {len(raw)} bytes, its index alone has {index_bytes(views)}")
+    body = raw[:-CRC_BYTES]
     if crc32c(body) != int.from_bytes(raw[-CRC_BYTES:], "little"):
         raise ShardDamage("the shard index is damaged or the file is cut short")
     return np.frombuffer(body, "<u8").reshape(views, 2)
+
+
+def _read_index(fd: int, views: int) -> np.ndarray:
+    """As `parse_index`, from an open file."""
+    size = os.fstat(fd).st_size
+    raw = bytearray(min(index_bytes(views), size))
+    _read_fully(fd, [memoryview(raw)] if raw else [], size - len(raw))
+    return parse_index(bytes(raw), views)
 
 
 def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
