@@ -78,7 +78,7 @@ class ShardScanner:
             _check_extent(index, size - index_bytes(views), entry)
             for block in _blocks(index, sorted(sums), entry, len(buffer) // entry, file, found):
                 start = int(index[block[0], 0])
-                memory = memoryview(buffer)[: len(block) * entry]
+                memory = buffer[: len(block) * entry].data
                 try:
                     _read(fd, memory, start)
                 except OSError:
@@ -102,7 +102,7 @@ class ShardScanner:
         buffer = self._buffer(entry)
         for k, slot in enumerate(block):
             try:
-                _read(fd, memoryview(buffer)[:entry], start + k * entry)
+                _read(fd, buffer[:entry].data, start + k * entry)
             except OSError as error:
                 found.setdefault(slot, (slot, file, f"reading failed ({error.strerror or error})"))
             else:
