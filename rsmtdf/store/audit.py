@@ -48,7 +48,9 @@ def read_contents(path: Path) -> Contents | Damage:
         manifest = load(path)
     except StoreNotFound as error:
         if (path / "views" / "status" / METADATA).is_file():  # no other tool makes this
-            return Damage(kind="manifest", file=path / METADATA, what=f"is missing, or not a store's any more ({error})")
+            return Damage(
+                kind="manifest", file=path / METADATA, what=f"is missing, or not a store's any more ({error})"
+            )
         raise
     except StoreCorrupt as error:
         return Damage(kind="manifest", file=path / METADATA, what=_why(error))
@@ -307,16 +309,14 @@ def _is_archived(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     return any(f'"name": "{name}"' in codecs for name in ("zstd", "blosc", "gzip"))
 
 
-def _not_canonical(
-    file: Path, kind: Kind, like: Mapping[str, Any], *, teacher: str | None = None
-) -> Damage | None:
+def _not_canonical(file: Path, kind: Kind, like: Mapping[str, Any], *, teacher: str | None = None) -> Damage | None:
     """Damage where a group's metadata, whose attributes are sound, are otherwise not as this code writes them."""
     blob = file.read_bytes()
     found = json.loads(blob)
     attributes = found.get("attributes", {})
-    if found.keys() == like.keys() and attributes.keys() == {KEY} and _written(found) == blob:
-        if all(found[k] == like[k] for k in like if k != "attributes"):
-            return None
+    is_ours = found.keys() == like.keys() and attributes.keys() == {KEY} and _written(found) == blob
+    if is_ours and all(found[k] == like[k] for k in like if k != "attributes"):
+        return None
     return Damage(kind=kind, file=file, teacher=teacher, what="is spelled otherwise than it was written")
 
 
