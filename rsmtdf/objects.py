@@ -30,7 +30,7 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rsmtdf.buckets import RETRY_S, Bucket
@@ -93,6 +93,19 @@ class ObjectPath:
     @property
     def name(self) -> str:
         return self.key.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parents(self) -> list[ObjectPath]:
+        """Every prefix it lies below, the nearest first."""
+        return [] if not self.key else [self.parent, *self.parent.parents]
 
     @property
     def parent(self) -> ObjectPath:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from rsmtdf.cli.options import Json, StoreIn
+from rsmtdf.cli.options import ConfigFile, Device, Json, Root, StoreIn
 from rsmtdf.cli.terminal import show
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look into a feature store, and take care of it.")
@@ -19,17 +21,50 @@ def cache_info(store: StoreIn, as_json: Json = False) -> None:
     show(result, as_json=as_json, text=text)
 
 
-@cache_app.command("repair")
-def cache_repair(store: StoreIn, as_json: Json = False) -> None:
-    """Check every stored byte, and mark what is damaged to be computed again. Exit code 1 if anything was.
-
-    It recomputes nothing: afterwards, run cache-features as when the store was made.
-    """
-    from rsmtdf.cli.stores import repair_store
+@cache_app.command("verify")
+def cache_verify(
+    store: StoreIn,
+    live: Annotated[int, typer.Option("--live", min=0, help="Also run the teachers again on this many views.")] = 0,
+    root: Root = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check every stored byte, changing nothing. Exit code 1 if anything is damaged."""
+    from rsmtdf.cli.care import Means, verify_store
     from rsmtdf.signals import stop_flag
 
     with stop_flag() as stop:
-        result, text = repair_store(store, stop=stop)
+        means = Means(root=root, config=config, device=device)
+        result, text = verify_store(store, live=live, means=means, stop=stop)
     show(result, as_json=as_json, text=text)
     if not result["sound"]:
+        raise typer.Exit(1)
+
+
+@cache_app.command("repair")
+def cache_repair(
+    store: StoreIn,
+    root: Root = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Threads that make views.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    withdraw_only: Annotated[
+        bool, typer.Option("--withdraw-only", help="Mark damaged views to be computed again, and stop.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every stored byte, and compute again exactly the views that are damaged or missing.
+
+    Exit code 1 if something could not be repaired.
+    """
+    from rsmtdf.cli.care import Means, repair_store
+    from rsmtdf.signals import stop_flag
+
+    with stop_flag() as stop:
+        means = Means(root=root, config=config, device=device, workers=workers)
+        result, text = repair_store(store, means=means, stop=stop, dry_run=dry_run, withdraw_only=withdraw_only)
+    show(result, as_json=as_json, text=text)
+    if result["failed"]:
         raise typer.Exit(1)

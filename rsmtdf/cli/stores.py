@@ -1,17 +1,11 @@
-"""Behind `rsmtdf cache ...`: what a store holds, and its care, as data and as text."""
+"""Behind `rsmtdf cache info`: what a store holds, as data and as text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rsmtdf.cli.terminal import Bar
-from rsmtdf.signals import StopFlag
-from rsmtdf.store.repair import repair
 from rsmtdf.store.store import FeatureStore
-
-VIEWS_SHOWN = 20
-"""Damaged views of a teacher that a repair prints."""
 
 
 def store_info(path: Path) -> tuple[dict[str, Any], str]:
@@ -40,27 +34,3 @@ def store_info(path: Path) -> tuple[dict[str, Any], str]:
             + (f"; {len(massive)} massive channels" if massive else "")
         )
     return info, "\n".join(lines)
-
-
-def repair_store(path: Path, *, stop: StopFlag) -> tuple[dict[str, Any], str]:
-    """Checks a store and withdraws what is damaged; what was found, as data and as text."""
-    with Bar("checking", unit="view") as bar:
-        report = repair(path, stop=stop, progress=bar.update_to)
-    lines = [f"store      {report.store}"]
-    for name, teacher in report.teachers.items():
-        damaged = f"{len(teacher.damaged):,} damaged" if teacher.damaged else "none damaged"
-        shards = f"; {len(teacher.withdrawn):,} shard(s) withdrawn" if teacher.withdrawn else ""
-        lines.append(f"teacher    {name}: {teacher.checked:,} views checked, {damaged}{shards}")
-        lines += [f"  view {view}: {why}" for view, why in list(teacher.damaged.items())[:VIEWS_SHOWN]]
-        if (more := len(teacher.damaged) - VIEWS_SHOWN) > 0:
-            lines.append(f"  and {more:,} more (--json lists all)")
-    lines += [f"status     {line}" for line in report.status]
-    lines += [f"NOT REPAIRED  {line}" for line in report.not_repaired]
-    if any(t.withdrawn for t in report.teachers.values()):
-        lines.append(
-            "next       rsmtdf cache-features, with the configuration (and options) that the store was made with and "
-            f"--out {report.store}: it computes the withdrawn shards again, and nothing else that is there"
-        )
-    if report.is_sound:
-        lines.append("nothing is wrong")
-    return report.as_dict(), "\n".join(lines)

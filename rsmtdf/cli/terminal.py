@@ -23,7 +23,15 @@ class Bar:
     def __init__(self, label: str, *, unit: str, total: int | None = None) -> None:
         self._label, self._unit, self._total = label, unit, total
         self._plain = not sys.stderr.isatty()
-        self._bar = tqdm(desc=label, unit=unit, total=total, disable=self._plain, leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            desc=label,
+            unit=unit,
+            unit_scale=unit == "B",  # bytes are told as MB and GB
+            total=total,
+            disable=self._plain,
+            leave=False,
+            dynamic_ncols=True,
+        )
         self._done, self._begun, self._said = 0, time.monotonic(), time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -58,10 +66,11 @@ class Bar:
             self._said = now
             rate = done / max(now - self._begun, 1e-9)
             left = f", {(self._total - done) / rate:.0f} s left" if self._total and rate else ""
-            print(
-                f"{self._label}: {done:,}/{self._total or '?'} {self._unit}s, {rate:.1f}/s{left} {note}".rstrip(),
-                file=sys.stderr,
-            )
+            if self._unit == "B":
+                amount = f"{done / 1e9:.2f}/{(self._total or 0) / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s"
+            else:
+                amount = f"{done:,}/{self._total or '?'} {self._unit}s, {rate:.1f}/s"
+            print(f"{self._label}: {amount}{left} {note}".rstrip(), file=sys.stderr)
 
 
 def choose_device(name: str) -> Any:

@@ -67,7 +67,7 @@ def commit_shard(
     try:
         words: dict[str, np.ndarray] = {}
         for name, teacher in teachers.items():
-            _withdraw(store, teacher.status, shard)
+            _withdraw(store, teacher.status, shard, keep=_unchanged(teacher, shard, present, encoded[name]))
             n, sums = _write_arrays(teacher, shard, present, encoded[name], first)
             words[name] = np.full(store.shard_views, word(HOLE), np.uint64)
             for row in rows:
@@ -97,13 +97,29 @@ def withdraw_shard(store: FeatureStore, shard: int, teacher: str) -> None:
     _withdraw(store, store.teacher(teacher).status, shard)
 
 
-def _withdraw(store: FeatureStore, status: StatusArray, shard: int) -> None:
-    """Sets a shard's committed words to todo, before its data change."""
+def _withdraw(store: FeatureStore, status: StatusArray, shard: int, *, keep: list[int] | None = None) -> None:
+    """Sets a shard's committed words to todo before its data change, but for the slots whose bytes stay as they are."""
     words = status.read_shard(shard)
     committed = np.isin(state_of(words), (DONE, SKIPPED))
+    committed[keep or []] = False
     if committed.any():
         _break_seal(store, status, shard)
         status.write_shard(shard, np.where(committed, np.uint64(word(TODO)), words))
+
+
+def _unchanged(teacher: StoredTeacher, shard: int, present: list[int], encoded: Mapping[str, np.ndarray]) -> list[int]:
+    """The slots that are done and get the same bytes again: a kill while a shard is mended costs no sound view."""
+    words, first = teacher.status.read_shard(shard), shard * teacher.shard_views
+    done = state_of(words) == DONE
+    slots = []
+    for j, row in enumerate(present):
+        if done[row - first]:
+            crc = 0
+            for array in teacher.arrays:
+                crc = crc32c(encoded[array.name][j], start=crc)
+            if crc == crc_of(words)[row - first]:
+                slots.append(row - first)
+    return slots
 
 
 def _break_seal(store: FeatureStore, status: StatusArray, shard: int) -> None:

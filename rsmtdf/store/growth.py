@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout, resize_teacher
 from rsmtdf.store.tiles import write_tiles
 
-LOCK_FILE = PurePosixPath("provenance/locks")
+LOCK_FILE = "provenance/locks"
 
 
 def make_store(
@@ -108,11 +108,15 @@ def _write_nodes(path: StorePath, manifest: Manifest) -> Manifest:
     """Writes everything of an empty store but the root's metadata, which the manifest returned is for."""
     for group in ("tiles", "views", "teachers"):
         write_metadata(path / group, group_metadata())
-    # A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays.
-    write_metadata(path / "provenance", array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",)))
+    write_metadata(path / "provenance", provenance_metadata())
     status = StatusArray(path=path / "views" / "status", shard_views=manifest.shard_views)
     write_metadata(status.path, status.metadata(0))
     return dataclasses.replace(manifest, tiles=write_tiles(path, manifest.tiles, old=(), new=()))
+
+
+def provenance_metadata() -> dict[str, Any]:
+    """A zero-length array, because tools that walk the tree look for metadata in groups, but never inside arrays."""
+    return array_metadata(shape=(0,), dtype="uint8", chunk=(1,), dims=("unused",))
 
 
 def grow_store(

@@ -55,10 +55,15 @@ def read(path: StorePath) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise StoreError(
-            f"cannot read {path}: {error.strerror or error}. Nothing is known to be wrong with the store: check the "
-            "disk, the network and the permissions, then run the same command again"
-        ) from error
+        raise unreachable(path, error) from error
+
+
+def unreachable(path: StorePath, error: OSError) -> StoreError:
+    """The error for what cannot be read now, whatever is in it."""
+    return StoreError(
+        f"cannot read {path}: {error.strerror or error}. Nothing is known to be wrong with the store: check the disk, "
+        "the network and the permissions, then run the same command again"
+    )
 
 
 def read_each(paths: Sequence[StorePath]) -> list[bytes | None]:
@@ -78,6 +83,14 @@ def names(folder: StorePath) -> list[str]:
             return [e.name for e in entries]
     except FileNotFoundError:
         return []
+
+
+def files(folder: StorePath) -> Iterator[StorePath]:
+    """Every file below a folder."""
+    if isinstance(folder, ObjectPath):
+        yield from (folder / key for key, _ in folder.walk())
+    else:
+        yield from (file for file in folder.rglob("*") if file.is_file())
 
 
 def sizes(folder: StorePath) -> Iterator[int]:

@@ -1,14 +1,15 @@
-"""Repair: every committed payload is read and checked, and what is damaged becomes work to do again.
+"""Repair: what `verify` finds is written again where the manifest says how, and withdrawn where it must be computed.
 
-Nothing is recomputed here, and no good shard is touched: a damaged shard is withdrawn, so that stage 1 finds it
-missing. What stage 1 cannot make again in place (the manifest, columns, tile ids, an array's metadata) is only named.
+Nothing is recomputed here and no sound view is touched: the words of damaged views are set to do, durably and before
+anything else, and stage 1 then finds these views missing. What follows from nothing else in the store (the manifest,
+teachers' attributes and statistics, columns, tile ids) comes from its second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,176 +17,167 @@ import numpy as np
 from rsmtdf.errors import StoreCorrupt
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
-from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
-from rsmtdf.store.commit import withdraw_shard
-from rsmtdf.store.reader import FeatureReader
-from rsmtdf.store.status import DONE, HOLE, TODO, StatusArray, state_of, word
-from rsmtdf.store.store import FeatureStore
-from rsmtdf.store.stored_teacher import StoredTeacher
+from rsmtdf.store.arrays import write_metadata
+from rsmtdf.store.audit import Contents, check_tables, expected_metadata, read_contents
+from rsmtdf.store.damage import Damage
+from rsmtdf.store.places import remove
+from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, state_of, word
+from rsmtdf.store.store import LOCK_TIMEOUT_S, locks_of
+from rsmtdf.store.twins import keep_twins, restore_twins
+from rsmtdf.store.verify import Progress, VerifyReport, is_view, verify
 
-
-@dataclass(kw_only=True)
-class TeacherDamage:
-    """What was found in one teacher's features."""
-
-    checked: int = 0
-    """Views whose bytes were compared with their status words."""
-    damaged: dict[str, str] = field(default_factory=dict)
-    """View in words -> what is wrong with it."""
-    withdrawn: set[int] = field(default_factory=set)
-    """Shards to be computed again."""
+_IRREPLACEABLE = ("manifest", "teacher", "table")
 
 
 @dataclass(kw_only=True)
 class RepairReport:
     """What `repair` found and did."""
 
-    store: StorePath
-    teachers: dict[str, TeacherDamage]
-    status: list[str] = field(default_factory=list)
-    """Status files that were damaged, and what was done about each."""
-    not_repaired: list[str] = field(default_factory=list)
-    """Damage that nothing can be done about in place."""
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether nothing was wrong."""
-        found = any(t.damaged or t.withdrawn for t in self.teachers.values())
-        return not (found or self.status or self.not_repaired)
+    found: VerifyReport
+    withdrawn: dict[str, list[int]] = field(default_factory=dict)
+    """Teacher -> rows to be computed again, ascending."""
+    repaired: list[str] = field(default_factory=list)
+    """Files that were written again or dropped, and why."""
+    not_repaired: list[Damage] = field(default_factory=list)
+    """Damage that nothing in the store can undo."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "store": str(self.store),
-            "sound": self.is_sound,
-            "teachers": {
-                name: {"checked": t.checked, "damaged": t.damaged, "withdrawn_shards": sorted(t.withdrawn)}
-                for name, t in self.teachers.items()
-            },
-            "status": self.status,
-            "not_repaired": self.not_repaired,
+            "found": self.found.as_dict(),
+            "withdrawn": self.withdrawn,
+            "repaired": self.repaired,
+            "not_repaired": [d.as_dict() for d in self.not_repaired],
         }
 
 
-def repair(path: StorePath, *, stop: StopFlag, progress: Callable[[int, int], None]) -> RepairReport:
-    """Checks the store at `path` and withdraws every shard that is damaged, each as soon as it is found.
+def repair(path: StorePath, *, stop: StopFlag, progress: Progress = lambda done, total: None) -> RepairReport:
+    """Verifies the store at `path` and puts it in order: whatever is then called done is sound.
 
     Args:
         path: the store; nobody may be writing to it meanwhile.
-        stop: ends the check after the shard at hand.
-        progress: told views checked, and views in all.
+        stop: ends the check between shards; nothing was changed then.
+        progress: told bytes checked, and bytes in all.
 
     Raises:
         StoreNotFound: there is no store.
-        StoreCorrupt: its manifest or a teacher's attributes are damaged, so that nothing in it can be trusted.
-        StoreError: somebody is writing to it, or it cannot be written.
+        StoreError: somebody is writing to it, it cannot be written, or its format is of another version.
         Interrupted: a signal came.
     """
-    store = FeatureStore.open(path, writable=True)
-    with store.locked(), store.claims.all_shards(purpose="repair"):
-        store.refresh()
-        report = RepairReport(store=store.path, teachers={name: TeacherDamage() for name in store.teachers})
-        _check_tables(store, report)
-        _mend_status(store, report)
-        shards = [(t, np.flatnonzero(state_of(store.status(t.name)) == DONE)) for t in store.teachers.values()]
-        total, before = sum(len(rows) for _, rows in shards), 0
-        for teacher, rows in shards:
-            _check_teacher(store, teacher, rows, report, stop, partial(_advance, progress, before, total))
-            before += len(rows)
+    read_contents(path)  # whatever its state, it is a store
+    locks = locks_of(path)  # a damaged store could not be opened
+    with locks.mutex(timeout_s=LOCK_TIMEOUT_S), locks.all_shards(purpose="repair"):
+        found = verify(path, stop=stop, progress=progress)
+        report = RepairReport(found=found)
+        if any(d.kind in _IRREPLACEABLE for d in found.damage):
+            _restore(path, report)
+            if any(d.kind == "manifest" for d in found.damage):
+                # Only now can the rest be looked at.
+                rest = verify(path, stop=stop, progress=progress)
+                found.damage += [d for d in rest.damage if d not in found.damage]
+                found.teachers = rest.teachers
+        contents = read_contents(path)
+        if isinstance(contents, Damage):
+            report.not_repaired = [contents]
+        else:
+            _Mender(contents, report).mend()
     return report
 
 
-def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
+def _restore(path: StorePath, report: RepairReport) -> None:
+    """Takes what nothing can recompute from its second copy."""
+    with contextlib.suppress(StoreCorrupt):  # not even the copy of the manifest is sound
+        report.repaired += [f"{path / file}: restored from its second copy" for file in restore_twins(path)]
 
 
-def _check_tables(store: FeatureStore, report: RepairReport) -> None:
-    """The columns and tile ids, which say what each view is."""
-    reads: list[Callable[[], object]] = [lambda: store.tile_ids]
-    reads += [partial(store.column, name) for name in store.column_names]
-    for read in reads:
-        try:
-            read()
-        except StoreCorrupt as error:
-            report.not_repaired.append(str(error))
+class _Mender:
+    """Acts on each kind of damage; the caller owns the store and all its shards."""
+
+    def __init__(self, contents: Contents, report: RepairReport) -> None:
+        self._contents, self._report = contents, report
+        self._real = is_view(contents)
+        self._rows: dict[str, set[int]] = {name: set() for name in contents.teachers}
+        per = contents.manifest.shard_views
+        self._views = StatusArray(path=contents.path / "views" / "status", shard_views=per)
+
+    def mend(self) -> None:
+        """Everything that was found, in an order in which a kill at any moment leaves no damaged view called done."""
+        by_kind: dict[str, list[Damage]] = {}
+        for damage in self._report.found.damage:
+            by_kind.setdefault(damage.kind, []).append(damage)
+        self._statuses([*by_kind.get("seal", []), *by_kind.get("status", [])])
+        self._features(by_kind.get("features", []))
+        self._metadata(by_kind.get("metadata", []))
+        for damage in by_kind.get("note", []):
+            remove(damage.file)
+            self._did(damage, "removed, for nothing reads it back")
+        keep_twins(self._contents.path, self._contents.manifest)
+        for damage in by_kind.get("twin", []):
+            self._did(damage, "written again")
+        self._report.not_repaired += self._contents.damage
+        self._report.not_repaired += check_tables(self._contents)
+        self._report.withdrawn = {name: sorted(rows) for name, rows in self._rows.items() if rows}
+
+    def _statuses(self, damage: Iterable[Damage]) -> None:
+        broken = {d.teacher: [x for x in damage if x.teacher == d.teacher] for d in damage}
+        for teacher, some in broken.items():
+            status = self._views if teacher is None else self._contents.teachers[teacher].status
+            if status.drop_damaged_seal():
+                self._report.repaired.append(f"{status.sealed_file}: dropped, the chunk files beside it hold the same")
+            rewritten, _ = status.mend(self._contents.manifest.n_rows)
+            lines = [f"{status.chunk_file(k)}: written again from the sealed copy" for k in rewritten]
+            self._report.repaired += lines
+            for shard in sorted({d.shard for d in some if d.shard is not None} - set(rewritten)):
+                self._lost(status, shard, [teacher] if teacher is not None else list(self._contents.teachers))
+
+    def _lost(self, status: StatusArray, shard: int, teachers: Iterable[str]) -> None:
+        """Withdraws a shard whose words are lost: of pixels, for every teacher, for nobody can tell any more whether
+        a view made again is the one that the teachers saw.
+        """
+        rows = self._rows_of(shard)
+        for name in teachers:
+            other = self._contents.teachers[name].status
+            if other.path != status.path:
+                _withdraw(other, shard, range(other.shard_views))
+            self._rows[name].update(rows)
+        words = np.full(status.shard_views, word(HOLE), np.uint64)
+        words[[row - shard * status.shard_views for row in rows]] = word(TODO)
+        if status.is_sealed(shard):
+            status.unseal(shard)
+        status.write_shard(shard, words)
+        self._report.repaired.append(f"{status.chunk_file(shard)}: its views are to be computed again")
+
+    def _features(self, damage: Iterable[Damage]) -> None:
+        slots: dict[tuple[str, int], list[int]] = {}
+        per = self._contents.manifest.shard_views
+        for d in damage:
+            if d.teacher is not None and d.shard is not None and d.row is not None:
+                slots.setdefault((d.teacher, d.shard), []).append(d.row - d.shard * per)
+        for (name, shard), some in slots.items():
+            _withdraw(self._contents.teachers[name].status, shard, some)
+            self._rows[name].update(shard * per + slot for slot in some)
+
+    def _metadata(self, damage: Iterable[Damage]) -> None:
+        expected = expected_metadata(self._contents)
+        for d in damage:
+            write_metadata(d.file.parent, expected[d.file.parent])
+            self._did(d, "written again")
+
+    def _rows_of(self, shard: int) -> list[int]:
+        per = self._contents.manifest.shard_views
+        return [int(row) for row in shard * per + np.flatnonzero(self._real[shard * per : (shard + 1) * per])]
+
+    def _did(self, damage: Damage, what: str) -> None:
+        self._report.repaired.append(f"{damage.file}: {damage.what}; {what}")
 
 
-def _mend_status(store: FeatureStore, report: RepairReport) -> None:
-    """Makes every status word readable; shards whose words are lost are withdrawn."""
-    for name, teacher in store.teachers.items():
-        for shard in _lost(store, teacher.status, report):
-            _reset(store, teacher.status, shard)
-            report.teachers[name].withdrawn.add(shard)
-            report.status.append(f"{teacher.status.chunk_file(shard)}: damaged; the shard was withdrawn")
-    views = store.view_status_array
-    for shard in _lost(store, views, report):
-        # Without the sums of its pixels nobody can tell whether a view made again is the one the teachers saw.
-        for name in store.teachers:
-            withdraw_shard(store, shard, name)
-            report.teachers[name].withdrawn.add(shard)
-        _reset(store, views, shard)
-        report.status.append(f"{views.chunk_file(shard)}: damaged; the shard was withdrawn for every teacher")
-
-
-def _lost(store: FeatureStore, status: StatusArray, report: RepairReport) -> list[int]:
-    """The shards whose words are lost, after everything else about `status` was mended."""
-    if status.drop_damaged_seal():
-        report.status.append(f"{status.sealed_file}: damaged; removed, the chunk files beside it hold the same")
-    rewritten, lost = status.mend(store.n_rows)
-    report.status += [f"{status.chunk_file(k)}: damaged; written again from the sealed copy" for k in rewritten]
-    return lost
-
-
-def _reset(store: FeatureStore, status: StatusArray, shard: int) -> None:
-    """Sets a shard's words, whatever they were, to those of views that are not there yet."""
-    words = np.full(store.shard_views, word(HOLE), np.uint64)
-    words[store.rows_of_shard(shard) - shard * store.shard_views] = word(TODO)
-    status.write_shard(shard, words)
-
-
-def _check_teacher(
-    store: FeatureStore,
-    teacher: StoredTeacher,
-    rows: np.ndarray,
-    report: RepairReport,
-    stop: StopFlag,
-    progress: Callable[[int], None],
-) -> None:
-    found = report.teachers[teacher.name]
-    try:
-        foreign = _foreign_array(store, teacher)
-        source = FeatureReader(store, teacher.name)
-    except StoreCorrupt as error:
-        report.not_repaired.append(str(error))
-        return
-    with source:
-        shards = rows // store.shard_views
-        for shard in np.unique(shards).tolist():
-            stop.check(f"stopped; what was found so far is withdrawn. To go on: rsmtdf cache repair {store.path}")
-            damaged: dict[str, str] = {}
-            for row in rows[shards == shard].tolist():
-                try:
-                    source.get_many([row])
-                except StoreCorrupt as error:
-                    why = error.__cause__ or "its checksum is not the one in the status word"
-                    damaged[store.describe(row)] = str(why)
-                found.checked += 1
-                progress(found.checked)
-            found.damaged |= damaged
-            if damaged and foreign is None:
-                withdraw_shard(store, shard, teacher.name)
-                found.withdrawn.add(shard)
-            elif damaged:
-                report.not_repaired.append(
-                    f"shard {shard} of teacher {teacher.name!r} is damaged, but {foreign} is not in the store's own "
-                    "layout, which stage 1 writes; restore its files from a copy of the store"
-                )
-
-
-def _foreign_array(store: FeatureStore, teacher: StoredTeacher) -> StorePath | None:
-    """The metadata of an array whose layout is not the store's own (an archive's, or damaged); None: all are."""
-    for array in teacher.arrays:
-        node = teacher.path / array.name
-        if not same_layout(read_metadata(node), teacher.array_metadata(array, store.n_rows)):
-            return node / METADATA
-    return None
+def _withdraw(status: StatusArray, shard: int, slots: Iterable[int]) -> None:
+    """Sets the committed words of `slots` to do, durably. The caller holds the store's mutex and the shard."""
+    words = status.read_shard(shard)
+    mine = np.zeros(len(words), bool)
+    mine[list(slots)] = True
+    mine &= np.isin(state_of(words), (DONE, SKIPPED))
+    if mine.any():
+        if status.is_sealed(shard):
+            status.unseal(shard)
+        status.write_shard(shard, np.where(mine, np.uint64(word(TODO)), words))

@@ -268,11 +268,13 @@ def index_bytes(views: int) -> int:
 
 
 def parse_index(raw: bytes | bytearray | memoryview, views: int) -> np.ndarray:
-    """uint64 [views, 2]: (offset, size) of each view.
+    """uint64 [views, 2]: (offset, size) of each view, from the last `index_bytes` of a shard file.
 
     Raises:
-        ShardDamage: the checksum differs.
+        ShardDamage: it is too short, or its checksum differs.
     """
+    if len(raw) != index_bytes(views):
+        raise ShardDamage(f"the shard file is cut short: {len(raw)} bytes, its index alone has {index_bytes(views)}")
     body = bytes(raw[:-CRC_BYTES])
     if crc32c(body) != int.from_bytes(raw[-CRC_BYTES:], "little"):
         raise ShardDamage("the shard index is damaged or the file is cut short")

@@ -133,16 +133,11 @@ class StatusArray:
 
         The caller owns all shards, and the sealed file is sound (`drop_damaged_seal`).
         """
-        per = self.shard_views
-        sealed = {
-            start // per + k: part[k * per : (k + 1) * per]
-            for (start, stop), part in self._read_sealed().items()
-            for k in range((stop - start) // per)
-        }
+        sealed = self._sealed_by_shard()
         rewritten: list[int] = []
         lost: list[int] = []
         for shard in sorted({*self._shards_on_disk(), *sealed}):
-            if shard >= n_rows // per:
+            if shard >= n_rows // self.shard_views:
                 continue  # left over from a change that was cut short
             try:
                 words = self.read_shard(shard)
@@ -155,6 +150,42 @@ class StatusArray:
             elif words is None:
                 lost.append(shard)
         return rewritten, lost
+
+    def survey(self, n_rows: int) -> tuple[np.ndarray, dict[int | None, str]]:
+        """The words as far as they can be read (lost ones read to do), and what is wrong: shard, or None for the
+        sealed file -> why.
+        """
+        per, n_shards = self.shard_views, n_rows // self.shard_views
+        words = np.zeros(n_rows, np.uint64)
+        found: dict[int | None, str] = {}
+        try:
+            sealed = self._sealed_by_shard()
+        except (StoreCorrupt, ValueError, IndexError) as error:
+            sealed, found[None] = {}, str(error)
+        on_disk = set(self._shards_on_disk())
+        for shard in sorted(k for k in on_disk | sealed.keys() if k < n_shards):
+            part: np.ndarray | None = None
+            try:
+                part = self.read_shard(shard) if shard in on_disk else None
+            except OSError as error:  # also what is damaged
+                found[shard] = str(error)
+            if shard in sealed:
+                if shard not in on_disk:
+                    found[shard] = "is missing; the sealed copy has its words"
+                elif part is not None and not np.array_equal(part, sealed[shard]):
+                    found[shard] = "differs from the sealed copy"
+                part = sealed[shard]
+            if part is not None:
+                words[shard * per : (shard + 1) * per] = part
+        return words, found
+
+    def _sealed_by_shard(self) -> dict[int, np.ndarray]:
+        per = self.shard_views
+        return {
+            start // per + k: part[k * per : (k + 1) * per]
+            for (start, stop), part in self._read_sealed().items()
+            for k in range((stop - start) // per)
+        }
 
     def _shards_on_disk(self) -> list[int]:
         return [int(n[2:]) for n in names(self.path) if n.startswith("c.") and n[2:].isdigit()]

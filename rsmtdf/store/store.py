@@ -56,7 +56,7 @@ class FeatureStore:
         """Use `create` or `open`."""
         self.path = path
         self.writable = writable
-        self.claims = _locks(path)
+        self.claims = locks_of(path)
         self._changing = threading.RLock()
         self._depth = 0
         self._owned: list[int] = []
@@ -556,7 +556,8 @@ class FeatureStore:
             raise StoreError(f"feature store {self.path} is open for reading; open it with writable=True to change it")
 
 
-def _locks(path: StorePath) -> Locks:
+def locks_of(path: StorePath) -> Locks:
+    """The locks of the store at `path`, which need nothing of it to be sound."""
     if isinstance(path, ObjectPath):
         return ObjectLocks(store=path, folder=path / "provenance")
     return StoreLocks(store=path, file=path / LOCK_FILE)

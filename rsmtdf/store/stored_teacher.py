@@ -33,7 +33,8 @@ from rsmtdf.store.status import StatusArray
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TAKEN = ("locks", "mutex", "claims", "twins")
 """Names in `provenance`, where each teacher's notes have a folder."""
-_STATISTICS = ("channel_mean", "channel_std")
+STATISTICS = ("channel_mean", "channel_std")
+"""Names of the arrays of channel statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
             f"teacher name {name!r} cannot be a folder of a store; use letters, digits, '.', '_' and '-', and none of "
             f"{', '.join(_TAKEN)}"
         )
-    moments = dict(zip(_STATISTICS, (teacher.mean, teacher.std), strict=True))
+    moments = dict(zip(STATISTICS, (teacher.mean, teacher.std), strict=True))
     for label, values in moments.items():
         if values.shape != (teacher.spec.dim,) or values.dtype != np.float32 or not np.isfinite(values).all():
             raise StoreError(
@@ -141,7 +142,7 @@ def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
     if (teacher.std < 0).any():
         raise StoreError(f"channel_std of teacher {name!r} has negative values")
     for label, values in moments.items():
-        _moment_array(path, label, teacher.spec.dim).replace_tail(values, keep=0)
+        moment_array(path, label, teacher.spec.dim).replace_tail(values, keep=0)
     for array in teacher.arrays:
         write_metadata(path / array.name, teacher.array_metadata(array, n_rows))
     write_metadata(path / "status", teacher.status.metadata(n_rows))
@@ -150,7 +151,7 @@ def write_teacher(teacher: StoredTeacher, *, n_rows: int) -> str:
             "spec": to_dict(teacher.spec),
             "codec": teacher.codec,
             "statistics": dict(teacher.statistics),
-            "arrays": {label: _sha256(values) for label, values in moments.items()},
+            "arrays": {label: moment_sha256(values) for label, values in moments.items()},
         }
     )
     write_metadata(path, group_metadata({KEY: attributes}))
@@ -176,9 +177,9 @@ def load_teacher(path: StorePath, *, digest: str, shard_views: int) -> StoredTea
     except StoreError as error:
         raise StoreError(f"{path} cannot be read by this version of rsmtdf: {error}; use a newer one") from error
     moments: list[np.ndarray] = []
-    for label in _STATISTICS:
-        values = _moment_array(path, label, spec.dim).read(spec.dim)
-        if _sha256(values) != data["arrays"][label]:
+    for label in STATISTICS:
+        values = moment_array(path, label, spec.dim).read(spec.dim)
+        if moment_sha256(values) != data["arrays"][label]:
             raise damaged(path / label, "digest differs from the one in the teacher's attributes")
         moments.append(values)
     return StoredTeacher(
@@ -215,9 +216,11 @@ def resize_teacher(teacher: StoredTeacher, n_rows: int) -> None:
     set_length(teacher.path / "status", n_rows)
 
 
-def _moment_array(path: StorePath, label: str, dim: int) -> PlainArray:
+def moment_array(path: StorePath, label: str, dim: int) -> PlainArray:
+    """`channel_mean` or `channel_std` of the teacher at `path`."""
     return PlainArray(path=path / label, dtype="float32", chunk=dim, dim="channel")
 
 
-def _sha256(values: np.ndarray) -> str:
+def moment_sha256(values: np.ndarray) -> str:
+    """The digest of channel statistics that a teacher's attributes hold."""
     return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()

@@ -54,7 +54,7 @@ def read_tiles(path: StorePath, tiles: TileTable) -> TileIds:
         return TileIds(np.empty(0, np.uint8), np.zeros(1, np.uint64))
     bytes_array, offsets_array = tile_arrays(path, tiles)
     data, offsets = bytes_array.read(tiles.id_bytes), offsets_array.read(tiles.count + 1)
-    if _sha256(data, offsets) != tiles.sha256:
+    if tiles_sha256(data, offsets) != tiles.sha256:
         raise damaged(path / "tiles", "the digest of the tile ids is not the one in the store's manifest")
     return TileIds(data, offsets)
 
@@ -76,7 +76,7 @@ def write_tiles(path: StorePath, tiles: TileTable, *, old: Sequence[str], new: S
     kept = (tiles.id_bytes, tiles.count + 1) if tiles.count else (0, 0)
     bytes_array.replace_tail(data[kept[0] :], keep=kept[0])
     offsets_array.replace_tail(offsets[kept[1] :], keep=kept[1])
-    return dataclasses.replace(tiles, count=len(blobs), id_bytes=len(data), sha256=_sha256(data, offsets))
+    return dataclasses.replace(tiles, count=len(blobs), id_bytes=len(data), sha256=tiles_sha256(data, offsets))
 
 
 def tile_arrays(path: StorePath, tiles: TileTable) -> tuple[PlainArray, PlainArray]:
@@ -87,5 +87,6 @@ def tile_arrays(path: StorePath, tiles: TileTable) -> tuple[PlainArray, PlainArr
     )
 
 
-def _sha256(id_bytes: np.ndarray, offsets: np.ndarray) -> str:
+def tiles_sha256(id_bytes: np.ndarray, offsets: np.ndarray) -> str:
+    """The digest of the tile ids that the manifest holds."""
     return hashlib.sha256(id_bytes.tobytes() + offsets.astype("<u8").tobytes()).hexdigest()

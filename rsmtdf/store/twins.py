@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from rsmtdf.errors import StoreError
 from rsmtdf.objects import StorePath
-from rsmtdf.store.arrays import CRC_BYTES, METADATA
+from rsmtdf.store.arrays import CRC_BYTES, METADATA, group_metadata, metadata_bytes
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.manifest import KEY, Manifest, checked, load
 from rsmtdf.store.places import names, put, read_each, remove_tree
@@ -50,6 +50,13 @@ def damaged_files(path: StorePath) -> list[str]:
         StoreError: as `rsmtdf.store.manifest.load`, where neither the root nor its twin can be read.
     """
     return [file for file, _ in _restorable(path)]
+
+
+def damaged_twins(path: StorePath, manifest: Manifest) -> list[str]:
+    """Twins of the store at `path` that are there and damaged, relative to it; `keep_twins` writes them again."""
+    files = [METADATA, *_irreplaceable(manifest)]
+    pairs = zip(files, _read(path / TWINS, files), strict=True)
+    return [f"{TWINS}/{file}" for file, twin in pairs if twin is not None and not _is_sound(file, twin)]
 
 
 def restore_twins(path: StorePath) -> list[str]:
@@ -102,14 +109,14 @@ def _sound(file: str, data: bytes | None) -> bool:
 
 
 def _is_sound(file: str, data: bytes) -> bool:
-    """Whether the content of one of these files agrees with the checksum that it carries."""
+    """Whether the content of one of these files agrees with the checksum that it carries, to the last byte."""
     if file.rpartition("/")[2] != METADATA:
         return len(data) > CRC_BYTES and crc32c(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:], "little")
     try:
-        checked(json.loads(data)["attributes"][KEY], PurePosixPath(file))
+        attributes = checked(json.loads(data)["attributes"][KEY], PurePosixPath(file))
     except (StoreError, ValueError, KeyError, TypeError):
         return False
-    return True
+    return data == metadata_bytes(group_metadata({KEY: attributes}))
 
 
 def _read(root: StorePath, files: list[str]) -> list[bytes | None]:

@@ -4,8 +4,10 @@
 and `fill_store` computes the missing features.
 """
 
-from rsmtdf.stages.cache.fill import CacheReport, add_teachers, fill_store
+from rsmtdf.stages.cache.add import add_teachers
+from rsmtdf.stages.cache.fill import fill_store
 from rsmtdf.stages.cache.grow import Addition, covered, grow_store, plan_growth, stored_params, view_maker
+from rsmtdf.stages.cache.report import CacheReport
 
 __all__ = [
     "Addition",

@@ -1,120 +1,35 @@
-"""Computing what a store lacks: views from a pool of threads, all teachers on a batch, whole shards by a writer thread.
+"""Computing what a store lacks: views from a pool of threads, all teachers on a batch, shards by a writer thread.
 
 A shard is the unit of work and of commit, so a killed run loses at most the shards in flight and goes on where it
 stopped. Views that an earlier run had to skip are tried again in every run, at the price of one decoded image per tile
-that they come from: only where these open now are the views made, and added to what their shard holds already.
+that they come from: only where these open now are the views made. Where a shard lacks single views, skipped or
+withdrawn by a repair, only these are made and added to what it holds.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack
 
-import numpy as np
-import torch
-
-from rsmtdf.errors import DatasetError, StoreMismatch
-from rsmtdf.keyed import Draws
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
-from rsmtdf.store.reader import FeatureReader
-from rsmtdf.store.statistics import ChannelStatistics
-from rsmtdf.store.status import DONE, SKIPPED, crc_of, state_of
+from rsmtdf.stages.cache.mend import Commit, ShardWriter
+from rsmtdf.stages.cache.report import CacheReport
+from rsmtdf.stages.cache.teach import teach
+from rsmtdf.stages.cache.work import Work, plan_work, skipped_rows
+from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.maker import UnreadableTile, ViewMaker
 from rsmtdf.views.view import View, view_crc
 
 log = logging.getLogger(__name__)
 
-STATISTICS_VIEWS = 256
-STATISTICS_RULE = {
-    "kind": "welford",
-    "views": STATISTICS_VIEWS,
-    "sample": "keyed by the store's identity",
-    "version": 1,
-}
-"""Part of a stored teacher's identity (design, section 4)."""
 Progress = Callable[[int, int], None]
 """Called with (views finished, bytes written) after each shard."""
-
-
-@dataclass
-class CacheReport:
-    """How stage 1 went. Seconds are busy time: `view` summed over threads, the others over the one that does them."""
-
-    views: int = 0
-    """Views whose features were computed."""
-    bytes_written: int = 0
-    seconds: float = 0.0
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """Tile id -> why it cannot be read; its views are missing, those that earlier runs skipped included."""
-    partners_lost: int = 0
-    """Views of tiles that can be read which are missing because their CutMix partner cannot."""
-    busy: dict[str, float] = field(default_factory=lambda: {"view": 0.0, "teacher": 0.0, "write": 0.0, "wait": 0.0})
-
-    def limited_by(self, workers: int) -> str:
-        """The part that took the longest: teachers, views (per worker) or writing."""
-        shares = {
-            "teachers": self.busy["teacher"],
-            "views": self.busy["view"] / max(workers, 1),
-            "writing": self.busy["write"],
-        }
-        return max(shares, key=lambda k: shares[k])
-
-    def as_dict(self) -> dict[str, Any]:
-        rate = self.views / self.seconds if self.seconds else 0.0
-        return {
-            "views": self.views,
-            "bytes_written": self.bytes_written,
-            "seconds": round(self.seconds, 3),
-            "views_per_second": round(rate, 3),
-            "unreadable_tiles": self.unreadable,
-            "partners_lost": self.partners_lost,
-            "busy_seconds": {k: round(v, 3) for k, v in self.busy.items()},
-        }
-
-
-def add_teachers(
-    store: FeatureStore, *, teachers: Mapping[str, Teacher], maker: ViewMaker, codec: str, batch: int, stop: StopFlag
-) -> None:
-    """Makes room for each teacher, with channel statistics over a keyed sample of at most 256 views.
-
-    One process measures while others wait; a teacher that the store has already must have the same identity.
-
-    Raises:
-        StoreMismatch: the store's teacher of that name differs (each field, expected and found).
-        DatasetError: not one tile of the sample can be read.
-    """
-    with store.locked():
-        store.refresh()
-        for name, teacher in teachers.items():
-            if name in store.teachers:
-                store.expect_teacher(teacher.spec, codec, rule=STATISTICS_RULE)
-                continue
-            statistics = _measure(store, name, teacher, maker=maker, batch=batch, stop=stop)
-            store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=STATISTICS_RULE)
-
-
-def _measure(
-    store: FeatureStore, name: str, teacher: Teacher, *, maker: ViewMaker, batch: int, stop: StopFlag
-) -> ChannelStatistics:
-    sample = _statistics_rows(store)
-    log.info("%s: channel statistics over %d views", name, len(sample))
-    statistics = ChannelStatistics(teacher.spec.dim)
-    for start in range(0, len(sample), batch):
-        stop.check(f"stopped; nothing of {name} is stored yet, run the same command again")
-        views = [v for row in sample[start : start + batch] for v in _if_readable(maker, int(row))]
-        if views:
-            statistics.update(teacher(_pixels(views, _device_of(teacher))))
-    if not statistics.views:
-        raise DatasetError(f"none of {len(sample)} sampled tiles of {store.data_root} can be read")
-    return statistics
 
 
 def fill_store(
@@ -127,8 +42,20 @@ def fill_store(
     stop: StopFlag,
     shards: Sequence[int] | None = None,
     progress: Progress | None = None,
+    keep_going: bool = False,
 ) -> CacheReport:
     """Computes and commits every missing view (of `shards`, or of the store), each teacher where it is missing.
+
+    Args:
+        store: open for writing; it has the teachers.
+        teachers: name -> teacher.
+        maker: of the store's views.
+        batch: views shown to a teacher at a time.
+        workers: threads that make views.
+        stop: ends the work after the shard in the writer's hands.
+        shards: where to look; None: everywhere.
+        progress: told what is finished.
+        keep_going: skip views whose pixels differ from those recorded, and report them, instead of stopping there.
 
     Raises:
         StoreError: another process is writing to one of these shards.
@@ -143,74 +70,42 @@ def fill_store(
         ThreadPoolExecutor(max(workers, 1), thread_name_prefix="views") as pool,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
     ):
-        skipped = _skipped_rows(store, teachers, within)
+        skipped = skipped_rows(store, teachers, within)
         _look_into_tiles(maker, skipped, pool, report, stop=stop)
         mendable = {row for row in skipped if not _in_the_way(maker, row, report)}
         wanted = set(store.missing_shards(list(teachers))) & within | {row // store.shard_views for row in mendable}
-        with store.claim(sorted(wanted)):
+        with ExitStack() as owned:
+            owned.enter_context(store.claim(sorted(wanted)))
+            shard_writer = owned.enter_context(ShardWriter(store, report))
             # Read again now that the shards are ours: another process may have finished some in between.
-            work = _work(store, teachers, wanted, mendable)
+            work = plan_work(store, list(teachers), wanted, mendable)
             pending: Future[int] | None = None
             try:
                 for item, made in _made(store, work, maker, pool, report, stop=stop):
                     waited = time.perf_counter()
                     views = [(row, future.result()) for row, future in zip(item.rows, made, strict=True)]
                     report.busy["wait"] += time.perf_counter() - waited
-                    good = {row: view for row, view in views if isinstance(view, View)}
-                    bad = {row: view for row, view in views if isinstance(view, UnreadableTile)}
-                    report.unreadable.update({error.tile: str(error) for error in bad.values()})
+                    good, bad = _sorted_out(store, item, views, report, keep_going=keep_going)
                     commits, batch = _computed(item, good, bad, teachers, batch, report, stop)
                     if pending is not None:
                         report.bytes_written += pending.result()
-                    pending = writer.submit(_write, store, item.shard, commits, report)
+                    pending = writer.submit(shard_writer.write, item.shard, commits)
                     report.views += len(good)
-                    if progress is not None and item.whole:
-                        progress(len(item.rows), report.bytes_written)
+                    if progress is not None and item.pending:
+                        progress(len(item.pending), report.bytes_written)
             finally:
                 # Also when stopping: the shard in the writer's hands is finished, so keep it.
                 if pending is not None:
                     report.bytes_written += pending.result()
-        left = _skipped_rows(store, teachers, within)
+        left = skipped_rows(store, teachers, within)
         # Another process may have skipped some meanwhile, for reasons not known here.
         _look_into_tiles(maker, [r for r in left if not _in_the_way(maker, r, report)], pool, report, stop=stop)
-        report.partners_lost = sum(maker.tile(row).id not in report.unreadable for row in left)
+        report.partners_lost = sum(
+            maker.tile(row).id not in report.unreadable for row in left if row not in report.changed
+        )
     store.seal()
     report.seconds = time.perf_counter() - started
     return report
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """What one shard lacks."""
-
-    shard: int
-    rows: Sequence[int]
-    """The views to make."""
-    whole: Sequence[str]
-    """Teachers that have nothing of the shard."""
-    mend: Mapping[str, Sequence[int]]
-    """Teachers that have the shard without some views -> these, to be tried again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Commit:
-    """New features of one shard, for some teachers."""
-
-    teachers: Mapping[str, Teacher]
-    good: Mapping[int, View]
-    bad: Mapping[int, str]
-    features: Mapping[str, torch.Tensor]
-    """Of the good views."""
-    mends: bool
-    """The shard keeps the views that it has; otherwise these are all."""
-
-
-def _skipped_rows(store: FeatureStore, teachers: Iterable[str], shards: Collection[int]) -> list[int]:
-    """The rows of `shards` that were skipped for one of `teachers`, ascending."""
-    skipped = np.zeros(store.n_rows, bool)
-    for name in teachers:
-        skipped |= state_of(store.status(name)) == SKIPPED
-    return [row for row in np.flatnonzero(skipped).tolist() if row // store.shard_views in shards]
 
 
 def _look_into_tiles(
@@ -232,37 +127,17 @@ def _in_the_way(maker: ViewMaker, row: int, report: CacheReport) -> bool:
     return any(tile.id in report.unreadable for tile in maker.sources(row))
 
 
-def _work(
-    store: FeatureStore, teachers: Collection[str], shards: Collection[int], mendable: Collection[int]
-) -> list[_Work]:
-    missing = store.missing_teachers(list(teachers))
-    skipped = {name: set(_skipped_rows(store, [name], shards)) for name in teachers}
-    work = []
-    for shard in sorted(shards):
-        whole = missing.get(shard, [])
-        rows = [int(row) for row in store.rows_of_shard(shard)]
-        # Where the shard is computed for another teacher, all its views are made anyway.
-        tried = rows if whole else [row for row in rows if row in mendable]
-        mend = {name: again for name in teachers if name not in whole and (again := skipped[name].intersection(tried))}
-        rows = rows if whole else sorted(set().union(*mend.values()))
-        if rows:
-            work.append(
-                _Work(shard=shard, rows=rows, whole=whole, mend={name: sorted(again) for name, again in mend.items()})
-            )
-    return work
-
-
 def _made(
     store: FeatureStore,
-    work: Sequence[_Work],
+    work: Sequence[Work],
     maker: ViewMaker,
     pool: ThreadPoolExecutor,
     report: CacheReport,
     *,
     stop: StopFlag,
-) -> Iterator[tuple[_Work, list[Future[View | UnreadableTile]]]]:
+) -> Iterator[tuple[Work, list[Future[View | UnreadableTile]]]]:
     """Shards with the futures of their views, made at most one shard ahead of the one in hand."""
-    queue: deque[tuple[_Work, list[Future[View | UnreadableTile]]]] = deque()
+    queue: deque[tuple[Work, list[Future[View | UnreadableTile]]]] = deque()
     for item in work:
         stop.check(f"stopped; run the same command again to go on ({store.path})")
         queue.append((item, _submit(item.rows, maker, pool, report)))
@@ -298,123 +173,55 @@ def _submit(
     return [futures[row] for row in rows]
 
 
+def _sorted_out(
+    store: FeatureStore,
+    item: Work,
+    views: Sequence[tuple[int, View | UnreadableTile]],
+    report: CacheReport,
+    *,
+    keep_going: bool,
+) -> tuple[dict[int, View], dict[int, str]]:
+    """The views of a shard that the teachers are to see, and why the others are missing.
+
+    Without `keep_going`, only what an earlier run skipped is compared here with the recorded pixels: it must not hold
+    up the rest. Any other view that differs stops the run when it is committed.
+    """
+    good = {row: view for row, view in views if isinstance(view, View)}
+    errors = {row: view for row, view in views if isinstance(view, UnreadableTile)}
+    report.unreadable.update({error.tile: str(error) for error in errors.values()})
+    bad = {row: str(error) for row, error in errors.items()}
+    words, first = store.view_status_array.read_shard(item.shard), item.shard * store.shard_views
+    recorded = state_of(words) == DONE
+    for row in [r for r in good if recorded[r - first] and (keep_going or r not in item.pending)]:
+        expected, found = int(crc_of(words)[row - first]), view_crc(good[row])
+        if found != expected:
+            bad[row] = f"its pixels differ from those that were recorded: checksum {found:08x}, expected {expected:08x}"
+            report.changed[row] = bad[row]
+            log.warning("view %s stays missing: %s", store.describe(row), bad[row])
+            del good[row]
+    return good, bad
+
+
 def _computed(
-    item: _Work,
+    item: Work,
     good: Mapping[int, View],
-    bad: Mapping[int, UnreadableTile],
+    bad: Mapping[int, str],
     teachers: Mapping[str, Teacher],
     batch: int,
     report: CacheReport,
     stop: StopFlag,
-) -> tuple[list[_Commit], int]:
+) -> tuple[list[Commit], int]:
     """What the teachers say of a shard's views, and the batch size that memory allows."""
-    reasons = {row: str(error) for row, error in bad.items()}
-    commits = []
     groups: list[tuple[dict[str, Teacher], Mapping[int, View], bool]] = []
     if item.whole:
         groups.append(({name: teachers[name] for name in item.whole}, good, False))
     for name, rows in item.mend.items():
-        if again := {row: good[row] for row in rows if row in good}:
+        again = {row: good[row] for row in rows if row in good}
+        # What is to do must become skipped at least; what was skipped before may stay as it is.
+        if again or item.due[name]:
             groups.append(({name: teachers[name]}, again, True))
+    commits = []
     for some, views, mends in groups:
-        features, batch = _teach(list(views.values()), some, batch, report, stop)
-        commits.append(_Commit(teachers=some, good=views, bad=reasons, features=features, mends=mends))
+        features, batch = teach(list(views.values()), some, batch, report, stop)
+        commits.append(Commit(teachers=some, good=views, bad=bad, features=features, mends=mends))
     return commits, batch
-
-
-def _teach(
-    views: Sequence[View], teachers: Mapping[str, Teacher], batch: int, report: CacheReport, stop: StopFlag
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Teacher -> tokens float32 [views, tokens, dim] on the CPU; the batch size is halved when memory runs out."""
-    begun = time.perf_counter()
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in teachers}
-    start = 0
-    while start < len(views):
-        stop.check("stopped; run the same command again to go on")
-        chunk = views[start : start + batch]
-        try:
-            step = {name: teacher(_pixels(chunk, _device_of(teacher))).cpu() for name, teacher in teachers.items()}
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch = max(batch // 2, 1)
-            log.warning("out of memory: going on with batches of %d", batch)
-            continue
-        for name, tokens in step.items():
-            parts[name].append(tokens)
-        start += len(chunk)
-    report.busy["teacher"] += time.perf_counter() - begun
-    # A shard whose tiles are all unreadable has no features, and is committed as skipped all the same.
-    empty = {name: torch.empty(0, t.spec.tokens, t.spec.dim) for name, t in teachers.items()}
-    return {name: torch.cat(tokens) if tokens else empty[name] for name, tokens in parts.items()}, batch
-
-
-def _write(store: FeatureStore, shard: int, commits: Sequence[_Commit], report: CacheReport) -> int:
-    begun = time.perf_counter()
-    try:
-        return sum(_write_mended(store, shard, c) if c.mends else _write_whole(store, shard, c) for c in commits)
-    except StoreMismatch as error:
-        raise StoreMismatch(
-            f"{error}\nThe pixels of a view are no longer those that another teacher saw: an image, an image library "
-            f"(Pillow, GDAL's JPEG decoder) or the machine has changed since; see docs/store-format.md"
-        ) from error
-    finally:
-        report.busy["write"] += time.perf_counter() - begun
-
-
-def _write_whole(store: FeatureStore, shard: int, commit: _Commit) -> int:
-    crcs = {row: view_crc(view) for row, view in commit.good.items()}
-    return store.write_shard(
-        shard, view_crcs=crcs, skipped=commit.bad, features=commit.features, provenance=_provenance(commit)
-    )
-
-
-def _write_mended(store: FeatureStore, shard: int, commit: _Commit) -> int:
-    """Adds views to a shard that has others: these are kept as they are stored, byte for byte."""
-    (name,) = commit.features
-    teacher, first = store.teacher(name), shard * store.shard_views
-    kept = first + np.flatnonzero(state_of(teacher.status.read_shard(shard)) == DONE)
-    seen = crc_of(store.view_status_array.read_shard(shard))
-    with FeatureReader(store, name) as reader:
-        old = reader.get_many(kept)
-    new = teacher.encode(commit.features[name], rows=list(commit.good))
-    order = np.argsort(np.concatenate([kept, np.array(list(commit.good), np.int64)]))
-    crcs = {int(row): int(seen[row - first]) for row in kept} | {r: view_crc(v) for r, v in commit.good.items()}
-    absent = [int(row) for row in store.rows_of_shard(shard) if int(row) not in crcs]
-    return store.write_shard(
-        shard,
-        view_crcs=crcs,
-        skipped={row: commit.bad.get(row, "could not be read before, nor now") for row in absent},
-        features={name: {key: np.concatenate([old[key], new[key].cpu().numpy()])[order] for key in old}},
-        provenance=_provenance(commit) | {"added_later": sorted(commit.good)},
-    )
-
-
-def _provenance(commit: _Commit) -> dict[str, Any]:
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": {name: str(_device_of(t)) for name, t in commit.teachers.items()},
-    }
-
-
-def _statistics_rows(store: FeatureStore) -> np.ndarray:
-    """A keyed sample of the rows, ascending."""
-    rows = np.concatenate([np.arange(s.row_start, s.row_stop) for s in store.segments])
-    return np.sort(rows[Draws("statistics", store.identity).permutation(len(rows))[:STATISTICS_VIEWS]])
-
-
-def _if_readable(maker: ViewMaker, row: int) -> list[View]:
-    """The view of `row`, or nothing: a tile that does not open is reported when its shard is made."""
-    try:
-        return maker.mixed([row])
-    except DatasetError:
-        return []
-
-
-def _pixels(views: Sequence[View], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.stack([v.pixels for v in views])).to(device)
-
-
-def _device_of(teacher: Teacher) -> torch.device:
-    return getattr(teacher, "device", torch.device("cpu"))
