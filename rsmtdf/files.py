@@ -37,6 +37,25 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def remove_tree(folder: Path) -> int:
+    """Removes `folder` and all below it, durably; bytes given back. A no-op where there is none."""
+    if not folder.is_dir():
+        return 0
+    freed = 0
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            freed += path.lstat().st_size
+            path.unlink()
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        folder.rmdir()
+    fsync_dir(folder.parent)
+    return freed
+
+
 def fsync_dir(path: Path) -> None:
     """Makes renames inside folder `path` durable (a no-op where folders cannot be opened, as on Windows)."""
     if os.name == "nt":

@@ -22,6 +22,7 @@ from rsmtdf.specs import STREAMS, Teacher
 from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Amounts, Plan, make_plan, resolve_amounts
 from rsmtdf.store.codecs import CODECS, bytes_per_view
+from rsmtdf.store.remove import reclaim
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.registry import build_teacher, describe, resolve_source
 from rsmtdf.teachers.source import TeacherSource
@@ -173,6 +174,7 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         data_root=str(job.workspace.dataset.root.resolve()),
         experiment=_record(job),
     )
+    reclaim(store, stop=stop)
     amounts = job.plan.amounts
     stage.grow_store(
         store,

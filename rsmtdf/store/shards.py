@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,37 @@ def write_shard_file(file: Path, views: Sequence[np.ndarray | None]) -> tuple[in
         out.write(raw + crc32c(raw).to_bytes(CRC_BYTES, "little"))
         out.flush()
     return at + len(raw) + CRC_BYTES, sums
+
+
+def drop_views(file: Path, slots: Collection[int], *, shard_views: int) -> int:
+    """Rewrites a shard file without the views in `slots`, atomically and durably; bytes given back, 0 if none is there.
+
+    The others are copied as they are, their checksums with them: damage stays as visible as it was.
+
+    Raises:
+        ShardDamage: the file is missing, or its index is damaged.
+    """
+    with _opened(file) as fd:
+        index = _read_index(fd, shard_views)
+        gone = [k for k in slots if index[k, 0] != ABSENT]
+        if not gone:
+            return 0
+        size = os.fstat(fd).st_size
+        index = index.copy()
+        index[gone] = ABSENT
+        at = 0
+        with whole_file(file) as temporary, temporary.open("wb") as out:
+            for k in np.flatnonzero(index[:, 0] != ABSENT).tolist():
+                offset, length = (int(x) for x in index[k])
+                blob = bytearray(min(length, size))
+                _read_fully(fd, [memoryview(blob)], offset)
+                out.write(blob)
+                index[k] = at, length
+                at += length
+            raw = index.astype("<u8").tobytes()
+            out.write(raw + crc32c(raw).to_bytes(CRC_BYTES, "little"))
+            out.flush()
+    return size - at - len(raw) - CRC_BYTES
 
 
 def shard_name(shard: int, dims: int) -> str:
@@ -140,13 +171,7 @@ class ShardReader:
         return opened
 
     def _load(self, shard: int) -> _OpenShard:
-        file = self._node / shard_name(shard, self._dims)
-        try:
-            fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except FileNotFoundError:
-            raise ShardDamage("the shard file is missing") from None
-        except OSError as error:
-            raise ShardDamage(f"the shard file cannot be opened ({error.strerror})") from error
+        fd = _open_file(self._node / shard_name(shard, self._dims))
         try:
             return _OpenShard(fd=fd, index=_read_index(fd, self._per))
         except BaseException:
@@ -172,6 +197,24 @@ class _OpenShard:
         if self._retired and self.users == 0 and self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _open_file(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        raise ShardDamage("the shard file is missing") from None
+    except OSError as error:
+        raise ShardDamage(f"the shard file cannot be opened ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    fd = _open_file(file)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _read_index(fd: int, views: int) -> np.ndarray:

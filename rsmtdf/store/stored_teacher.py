@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rsmtdf.errors import StoreError
+from rsmtdf.files import remove_tree
 from rsmtdf.specs import FeatureSpec, from_dict, to_dict
 from rsmtdf.store.arrays import (
     METADATA,
@@ -187,6 +188,20 @@ def resize_teacher(teacher: StoredTeacher, n_rows: int) -> None:
     for array in teacher.arrays:
         set_length(teacher.path / array.name, n_rows)
     set_length(teacher.path / "status", n_rows)
+
+
+def discard_teacher(store: Path, name: str) -> int:
+    """Removes the files of a teacher that the store's manifest does not name; bytes given back.
+
+    The caller holds the store's mutex.
+    """
+    freed = 0
+    if not _NAME.fullmatch(name):
+        return freed  # no folder of ours
+    # Status words first: what a kill leaves must never look finished.
+    for folder in (store / "teachers" / name / "status", store / "teachers" / name, store / "provenance" / name):
+        freed += remove_tree(folder)
+    return freed
 
 
 def _moment_array(path: Path, label: str, dim: int) -> PlainArray:
