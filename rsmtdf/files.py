@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ def write_whole(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`, atomically and durably."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
+
+
+def free_bytes(path: Path) -> int:
+    """Space left on the disk of `path`, which need not exist yet."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def remove_tree(folder: Path) -> int:

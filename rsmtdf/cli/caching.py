@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rsmtdf.cli.workspace import Source, Workspace, held_out_of, held_out_record
 from rsmtdf.config import Experiment, TeacherConfig
 from rsmtdf.data.splits import summary as split_summary
 from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
+from rsmtdf.files import free_bytes
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import STREAMS, Teacher
 from rsmtdf.stages import cache as stage
@@ -109,7 +109,7 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
     codec = _known_codec(experiment.cache.codec)
     facts = {name: describe(s, student_grid=grid) for name, s in sources.items()}
     sizes = {name: bytes_per_view(codec, f.tokens, f.dim) for name, f in facts.items()}
-    free = shutil.disk_usage(_existing_parent(out)).free
+    free = free_bytes(out)
     pool, labelled = workspace.pool, workspace.labelled
     have = stage.covered(store)
 
@@ -302,13 +302,6 @@ def _known_codec(name: str) -> str:
     if name not in CODECS:
         raise ConfigError(f"codec {name} is not available yet; there is: {', '.join(CODECS)}")
     return name
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _pace(teachers: Mapping[str, Teacher], experiment: Experiment, views: Mapping[str, int]) -> str:
