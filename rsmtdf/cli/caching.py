@@ -23,6 +23,7 @@ from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Amounts, Plan, make_plan, resolve_amounts
 from rsmtdf.store.codecs import CODECS, bytes_per_view
 from rsmtdf.store.remove import reclaim
+from rsmtdf.store.siblings import sibling_statistics
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.registry import build_teacher, describe, resolve_source
 from rsmtdf.teachers.source import TeacherSource
@@ -153,8 +154,13 @@ def plan_cache(source: Source, *, root: Path, out: Path, seconds_per_view: float
     return CacheJob(workspace, sources, plan, out, store)
 
 
-def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
-    """Carries out the plan: creates or opens the store and computes what is missing. Returns the summary."""
+def run_cache(
+    job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str], None], stats_from: Path | None = None
+) -> dict[str, Any]:
+    """Carries out the plan: creates or opens the store and computes what is missing. Returns the summary.
+
+    Channel statistics of teachers new to the store are measured, or taken from the store `stats_from`.
+    """
     experiment = job.workspace.experiment
     torch_device = choose_device(device)
     grid = student_grid(experiment)
@@ -167,6 +173,8 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     if job.store is not None:  # a teacher that is another one must not change the store's record
         for name in sorted(set(teachers) & set(job.store.teachers)):
             job.store.expect_teacher(teachers[name].spec, experiment.cache.codec)
+    specs = {name: t.spec for name, t in teachers.items()}
+    siblings = {} if stats_from is None else sibling_statistics(stats_from, specs, job.store)
     store = job.store or FeatureStore.create(
         job.out,
         recipe=experiment.views,
@@ -186,7 +194,8 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     )
     maker = stage.view_maker(store, reader=job.workspace.dataset, tiles=_all_tiles(job.workspace))
     batch, workers = experiment.cache.batch, experiment.cache.workers
-    stage.add_teachers(store, teachers=teachers, maker=maker, codec=experiment.cache.codec, batch=batch, stop=stop)
+    codec = experiment.cache.codec
+    stage.add_teachers(store, teachers=teachers, maker=maker, codec=codec, batch=batch, stop=stop, siblings=siblings)
     _keep_record(store, job)
     with Bar("caching views", unit="view", total=store.pending_views(list(teachers))) as bar:
         report = stage.fill_store(
