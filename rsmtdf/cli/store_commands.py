@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rsmtdf.cli.options import Json
+from rsmtdf.cli.options import Json, Root
 from rsmtdf.cli.terminal import confirmed, say, show
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look into a feature store, and take care of it.")
@@ -17,12 +17,26 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="Shards in work a
 
 
 @cache_app.command("info")
-def cache_info(store: Store, as_json: Json = False) -> None:
-    """What a store holds: views by stream and seed, teachers, completeness, sizes, identity."""
-    from rsmtdf.cli.stores import store_info
+def cache_info(
+    store: Store,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", help="Draw some views beside their features (PCA as colours) into this file."),
+    ] = None,
+    views: Annotated[int, typer.Option("--views", min=1, max=64, help="Views to draw.")] = 4,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """What a store holds: views by stream and seed, teachers, completeness, sizes, identity.
+
+    Example: rsmtdf cache info feats.zarr --png features.png
+    """
+    from rsmtdf.cli.info import draw_features, store_info
 
     result, text = store_info(store)
     show(result, as_json=as_json, text=text)
+    if png is not None:
+        say(draw_features(store, png, views=views, root=root))
 
 
 @cache_app.command("recode")

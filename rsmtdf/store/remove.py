@@ -157,16 +157,6 @@ def reclaim(
     return report
 
 
-def removed_rows(store: FeatureStore) -> np.ndarray:
-    """int64 rows that were views once: no segment covers them, but their columns say what they were."""
-    if not store.n_rows:
-        return np.empty(0, np.int64)
-    was: np.ndarray = store.column("tile") >= 0
-    for s in store.segments:
-        was[s.row_start : s.row_stop] = False
-    return np.flatnonzero(was).astype(np.int64)
-
-
 def _cut(store: FeatureStore, stream: Stream, seed: int, generation: int | None) -> tuple[list[Segment], list[Segment]]:
     """The segments that hold the seed, and all that the store has without it."""
     if stream not in STREAMS:
@@ -200,7 +190,7 @@ def _clear(
         if folder.is_dir() and folder.name not in store.teachers:
             report.bytes += discard_teacher(store.path, folder.name)
             on_step(f"teacher {folder.name}")
-    rows = removed_rows(store)
+    rows = store.removed_rows()
     slots: dict[int, list[int]] = {}
     for row in rows.tolist():
         slots.setdefault(row // store.shard_views, []).append(row % store.shard_views)

@@ -279,6 +279,11 @@ class FeatureStore:
         rows = np.arange(first, first + self.shard_views)
         return np.asarray(rows[self._real[first : first + self.shard_views]])
 
+    def removed_rows(self) -> np.ndarray:
+        """int64 rows that were views once: no segment covers them, but their columns say what they were."""
+        was = self.column("tile") >= 0
+        return np.flatnonzero(was & ~self._real).astype(np.int64)
+
     def describe(self, row: int) -> str:
         """A view in words: row, tile, stream and seed, as far as the columns can be read."""
         for s in self.segments:

@@ -14,7 +14,7 @@ from rsmtdf.errors import StoreError, StoreIncomplete
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.reader import FeatureReader
-from rsmtdf.store.remove import plan_removal, reclaim, remove, removed_rows
+from rsmtdf.store.remove import plan_removal, reclaim, remove
 from rsmtdf.store.repair import repair
 from rsmtdf.store.segments import Segment, shard_runs
 from rsmtdf.store.status import DONE, HOLE, state_of, word
@@ -76,7 +76,7 @@ def litter(path) -> list[str]:
         for array in teacher.arrays:
             fill = np.array(array.fill, array.dtype)
             values = zarr.open_array(teacher.path / array.name, mode="r")[:]
-            for row in removed_rows(store).tolist():
+            for row in store.removed_rows().tolist():
                 if not np.array_equal(values[row], np.full(array.shape, fill), equal_nan=fill.dtype.kind == "f"):
                     found.append(f"{name} {array.name} {row}")
     return found
@@ -111,7 +111,7 @@ def test_a_strong_seed_deletes_its_shards(kit, path, codec):
     report = rm(path, seed=1)
     store = check(kit, path)
     assert (report.views, report.shards_deleted, report.shards_rewritten) == (5, 2, 0)
-    assert removed_rows(store).tolist() == rows.tolist()
+    assert store.removed_rows().tolist() == rows.tolist()
     assert store.rows(stream="strong", seed=1).size == 0
     gone = {f"c.{k}" for k in np.unique(rows // kit.per)}
     left = {f.name for f in (path / "teachers/t").glob("*/c.*")}
@@ -131,7 +131,7 @@ def test_a_weak_seed_is_cut_out_of_shards_that_it_shares(kit, path, codec, seed,
     assert sorted({s for seg in store.segments if seg.stream == "weak" for s in seg.all_seeds}) == sorted(
         {0, 1, 2, 3} - {seed}
     )
-    assert removed_rows(store).tolist() == list(range(3 * seed, 3 * seed + 3))
+    assert store.removed_rows().tolist() == list(range(3 * seed, 3 * seed + 3))
     assert report.views == 3
     assert report.shards_rewritten >= 1
     assert report.bytes == before - disk(path)
@@ -347,7 +347,7 @@ def test_reclaim_finds_nothing_in_a_sound_store(kit, path):
 
 def test_an_empty_store(kit, path):
     store = kit.create(path)
-    assert removed_rows(store).size == 0
+    assert store.removed_rows().size == 0
     assert reclaim(store, stop=StopFlag()) is not None
 
 
