@@ -23,6 +23,8 @@ from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Amounts, Plan, make_plan, resolve_amounts
 from rsmtdf.store import places
 from rsmtdf.store.codecs import bytes_per_view
+from rsmtdf.store.remove import reclaim
+from rsmtdf.store.siblings import sibling_statistics
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.registry import build_teacher, describe, resolve_source
 from rsmtdf.teachers.source import TeacherSource
@@ -139,7 +141,7 @@ def plan_cache(source: Source, *, root: Path, out: StorePath, seconds_per_view: 
         new_views=_pending(store, list(sources)) + growth,
         new_features={name: n + growth for name, n in pending.items()},
         bytes_per_view=sizes,
-        stored_bytes=sum(places.sizes(out)) if store else 0,
+        stored_bytes=places.tree_bytes(out) if store else 0,
         shard_views=store.shard_views if store else SHARD_VIEWS,
         free_bytes=free,
         seconds_per_view=seconds_per_view,
@@ -152,8 +154,13 @@ def plan_cache(source: Source, *, root: Path, out: StorePath, seconds_per_view: 
     return CacheJob(workspace, sources, plan, out, store)
 
 
-def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str], None]) -> dict[str, Any]:
-    """Carries out the plan: creates or opens the store and computes what is missing. Returns the summary."""
+def run_cache(
+    job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str], None], stats_from: Path | None = None
+) -> dict[str, Any]:
+    """Carries out the plan: creates or opens the store and computes what is missing. Returns the summary.
+
+    Channel statistics of teachers new to the store are measured, or taken from the store `stats_from`.
+    """
     experiment = job.workspace.experiment
     torch_device = choose_device(device)
     grid = student_grid(experiment)
@@ -166,6 +173,8 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     if job.store is not None:  # a teacher that is another one must not change the store's record
         for name in sorted(set(teachers) & set(job.store.teachers)):
             job.store.expect_teacher(teachers[name].spec, experiment.cache.codec)
+    specs = {name: t.spec for name, t in teachers.items()}
+    siblings = {} if stats_from is None else sibling_statistics(stats_from, specs, job.store)
     store = job.store or FeatureStore.create(
         job.out,
         recipe=experiment.views,
@@ -173,6 +182,7 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
         data_root=str(job.workspace.dataset.root.resolve()),
         experiment=_record(job),
     )
+    reclaim(store, stop=stop)
     amounts = job.plan.amounts
     stage.grow_store(
         store,
@@ -184,7 +194,8 @@ def run_cache(job: CacheJob, *, device: str, stop: StopFlag, say: Callable[[str]
     )
     maker = stage.view_maker(store, reader=job.workspace.dataset, tiles=_all_tiles(job.workspace))
     batch, workers = experiment.cache.batch, experiment.cache.workers
-    stage.add_teachers(store, teachers=teachers, maker=maker, codec=experiment.cache.codec, batch=batch, stop=stop)
+    codec = experiment.cache.codec
+    stage.add_teachers(store, teachers=teachers, maker=maker, codec=codec, batch=batch, stop=stop, siblings=siblings)
     _keep_record(store, job)
     with Bar("caching views", unit="view", total=store.pending_views(list(teachers))) as bar:
         report = stage.fill_store(

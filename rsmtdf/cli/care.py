@@ -16,6 +16,7 @@ from rsmtdf.cli.workspace import Source, data_root, source_from_record
 from rsmtdf.config import Experiment, load_experiment
 from rsmtdf.data.dataset import Dataset
 from rsmtdf.errors import ConfigError, DatasetError
+from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
 from rsmtdf.stages import cache as cache_stage
@@ -44,7 +45,7 @@ class Means:
     workers: int | None = None
 
 
-def verify_store(path: Path, *, live: int, means: Means, stop: StopFlag) -> tuple[dict[str, Any], str]:
+def verify_store(path: StorePath, *, live: int, means: Means, stop: StopFlag) -> tuple[dict[str, Any], str]:
     """Checks a store without changing it, and with `live` that many views of each teacher against the teacher."""
     with Bar("checking", unit="B") as bar:
         report = verify(path, stop=stop, progress=bar.update_to)
@@ -63,7 +64,7 @@ def verify_store(path: Path, *, live: int, means: Means, stop: StopFlag) -> tupl
 
 
 def repair_store(
-    path: Path, *, means: Means, stop: StopFlag, dry_run: bool = False, withdraw_only: bool = False
+    path: StorePath, *, means: Means, stop: StopFlag, dry_run: bool = False, withdraw_only: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Puts a store in order and computes what it lacks; `result["failed"]` says whether something is left to do."""
     with Bar("checking", unit="B") as bar:

@@ -87,6 +87,10 @@ def cache_features(
     max_gb: MaxGb = None,
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")] = None,
+    stats_from: Annotated[
+        Path | None,
+        typer.Option("--stats-from", help="Take channel statistics from this store: the two can be merged then."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     set_: Set = None,
     as_json: Json = False,
@@ -109,7 +113,7 @@ def cache_features(
         show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
         return
     with stop_flag() as stop:
-        result = caching.run_cache(job, device=device, stop=stop, say=say)
+        result = caching.run_cache(job, device=device, stop=stop, say=say, stats_from=stats_from)
     show(result, as_json=as_json, text=caching.summary_text(result))
     if result["failed"]:
         raise typer.Exit(1)

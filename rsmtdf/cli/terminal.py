@@ -101,6 +101,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def confirmed(question: str, *, instead: str) -> bool:
+    """What somebody at the terminal says to `question`.
+
+    Raises:
+        ConfigError: there is nobody; `instead` is the option that does without.
+    """
+    if not sys.stdin.isatty():
+        raise ConfigError(f"nobody is there to be asked (standard input is no terminal); to go ahead, give {instead}")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
 def show(result: Any, *, as_json: bool, text: str) -> None:
     """The result of a command on stdout: JSON if asked for, else `text`; the first of several ranks speaks for all."""
     ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")  # as torchrun sets them

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.manifest import signed
 from rsmtdf.store.places import put
-from rsmtdf.store.segments import padded
+from rsmtdf.store.segments import shard_runs
 from rsmtdf.store.shards import shard_name, write_shard_file
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crc_of, state_of, word
 from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout
@@ -40,10 +40,11 @@ def commit_shard(
     skipped: Mapping[int, str],
     features: Mapping[str, Features],
     provenance: Mapping[str, Any],
+    left: Collection[int] = (),
 ) -> int:
     """Writes and commits a shard that the caller owns; see `FeatureStore.write_shard`."""
     rows = store.rows_of_shard(shard).tolist()
-    _check_cover(store, shard, rows, view_crcs, skipped)
+    _check_cover(store, shard, rows, [*view_crcs, *skipped, *left])
     present = [r for r in rows if r in view_crcs]
     views = store.view_status_array
     old_words = views.read_shard(shard)
@@ -61,7 +62,7 @@ def commit_shard(
         elif state_of(old_words)[row - first] == DONE:
             view_words[row - first] = old_words[row - first]
         else:
-            view_words[row - first] = word(SKIPPED)
+            view_words[row - first] = word(TODO if row in left else SKIPPED)
 
     written = 0
     try:
@@ -71,7 +72,8 @@ def commit_shard(
             n, sums = _write_arrays(teacher, shard, present, encoded[name], first)
             words[name] = np.full(store.shard_views, word(HOLE), np.uint64)
             for row in rows:
-                words[name][row - first] = word(DONE, sums[row]) if row in sums else word(SKIPPED)
+                absent = word(TODO if row in left else SKIPPED)
+                words[name][row - first] = word(DONE, sums[row]) if row in sums else absent
             note = {"shard": shard, "views": len(present), "bytes": n, "skipped": _text_keys(skipped), **provenance}
             _write_note(store.path, name, shard, note)
             written += n
@@ -171,15 +173,12 @@ def _encoded(teacher: StoredTeacher, features: Features, present: list[int]) -> 
     return out
 
 
-def _check_cover(
-    store: FeatureStore, shard: int, rows: list[int], view_crcs: Mapping[int, int], skipped: Mapping[int, str]
-) -> None:
-    given = sorted([*view_crcs, *skipped])
-    if given != rows:
+def _check_cover(store: FeatureStore, shard: int, rows: list[int], given: Sequence[int]) -> None:
+    if sorted(given) != rows:
         lacking = sorted(set(rows) - set(given))
         raise StoreError(
-            f"shard {shard} of feature store {store.path} has views {rows[0]}..{rows[-1]}; a commit must give each of "
-            f"them once, written or skipped (lacking: {lacking[:5]}, unknown or doubled: "
+            f"shard {shard} of feature store {store.path} has {len(rows)} views; a commit must give each of them "
+            f"once, written, skipped or left (lacking: {lacking[:5]}, unknown or doubled: "
             f"{sorted(set(given) - set(rows))[:5] or len(given) - len(set(given))})"
         )
 
@@ -238,17 +237,15 @@ def _shard_of(file: Path) -> int | None:
 def seal_finished(store: FeatureStore) -> None:
     """Seals the finished segments; see `FeatureStore.seal`. The caller holds the mutex."""
     real = np.zeros(store.n_rows, bool)
+    for s in store.segments:
+        real[s.row_start : s.row_stop] = True
     ranges: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
-        for s in store.segments:
-            real[s.row_start : s.row_stop] = True
-            stop = s.row_start + padded(s.rows, store.shard_views)
+        for start, stop in shard_runs(store.segments, store.shard_views):
             with contextlib.suppress(StoreError):
                 # Claimed until all is written, or a repair could withdraw a shard behind our back.
-                stack.enter_context(
-                    store.claims.claim(range(s.row_start // store.shard_views, stop // store.shard_views))
-                )
-                ranges.append((s.row_start, stop))
+                stack.enter_context(store.claims.claim(range(start // store.shard_views, stop // store.shard_views)))
+                ranges.append((start, stop))
         for array in (store.view_status_array, *(t.status for t in store.teachers.values())):
             finished = np.isin(state_of(array.read(store.n_rows)), (DONE, SKIPPED)) | ~real
             array.seal([r for r in ranges if finished[slice(*r)].all()], store.n_rows)

@@ -13,7 +13,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def make_store(
         f"cannot make a feature store at {path}: something is there already. If another process has just made a store "
         "there, run the same command again to go on with it; otherwise choose another path"
     )
-    if _is_taken(path):
+    if is_taken(path):
         raise StoreError(taken)
     if shard_views < 1:
         raise StoreError(f"a shard must hold at least 1 view, not {shard_views}")
@@ -69,12 +68,7 @@ def make_store(
         teachers={},
     )
     try:
-        if isinstance(path, ObjectPath):
-            # The root's metadata come last, and only where nobody else has put theirs meanwhile.
-            if not commit_first(path, _write_nodes(path, manifest)):
-                raise StoreError(taken)
-        else:
-            _make_folder(path, manifest)
+        make_whole(path, lambda place: _write_nodes(place, manifest))
     except (TypeError, ValueError) as error:
         raise StoreError(f"the experiment's settings are no JSON data ({error}); {path} was not made") from error
     except OSError as error:
@@ -83,19 +77,33 @@ def make_store(
         raise StoreError(f"cannot make a feature store at {path}: {error.strerror}; nothing is left there") from error
 
 
-def _is_taken(path: StorePath) -> bool:
+def is_taken(path: StorePath) -> bool:
+    """Whether something is at `path` that a new store must not replace."""
     if isinstance(path, ObjectPath):
         # What a creation that was cut short left behind is the same as what is written now.
         return bool(set(path.names()) - {"tiles", "views", "teachers", "provenance"})
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def _make_folder(path: Path, manifest: Manifest) -> None:
-    """Makes the store beside `path` and renames it, so that it appears whole."""
+def make_whole(path: StorePath, fill: Callable[[StorePath], Manifest]) -> None:
+    """Makes a store appear at `path`, whole or not at all.
+
+    Args:
+        path: nothing is there, or an empty folder.
+        fill: writes everything but the root's metadata to the place that it is given, and returns what these are for.
+
+    Raises:
+        OSError: it cannot be written, or a store has appeared there meanwhile (EEXIST, ENOTEMPTY).
+    """
+    if isinstance(path, ObjectPath):
+        # The root's metadata come last, and only where nobody else has put theirs meanwhile.
+        if not commit_first(path, fill(path)):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        return
     building = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         building.mkdir(parents=True)
-        manifest = _write_nodes(building, manifest)
+        manifest = fill(building)
         (building / LOCK_FILE).touch()
         commit(building, manifest)
         os.rename(building, path)  # noqa: PTH104 - Path.rename would also replace a file

@@ -93,10 +93,10 @@ def files(folder: StorePath) -> Iterator[StorePath]:
         yield from (file for file in folder.rglob("*") if file.is_file())
 
 
-def sizes(folder: StorePath) -> Iterator[int]:
-    """Bytes of each file below a folder; files that vanish meanwhile (temporary ones) do not count."""
+def sizes(folder: StorePath) -> Iterator[tuple[str, int]]:
+    """Name and bytes of each file below a folder; files that vanish meanwhile (temporary ones) do not count."""
     if isinstance(folder, ObjectPath):
-        yield from (size for _, size in folder.walk())
+        yield from ((key.rpartition("/")[2], n) for key, n in folder.walk())
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -104,9 +104,14 @@ def sizes(folder: StorePath) -> Iterator[int]:
                 if entry.is_dir(follow_symlinks=False):
                     yield from sizes(Path(entry.path))
                 else:
-                    yield entry.stat(follow_symlinks=False).st_size
+                    yield entry.name, entry.stat(follow_symlinks=False).st_size
             except FileNotFoundError:
                 continue
+
+
+def tree_bytes(folder: StorePath) -> int:
+    """Bytes of all files below a folder."""
+    return sum(n for _, n in sizes(folder))
 
 
 def remove(path: StorePath) -> None:
@@ -116,13 +121,25 @@ def remove(path: StorePath) -> None:
         fsync_dir(path.parent)
 
 
-def remove_tree(folder: StorePath) -> None:
-    """Removes a folder and all below it, if it is there."""
+def remove_tree(folder: StorePath) -> int:
+    """Removes a folder and all below it, durably, if it is there; bytes given back."""
+    if not isinstance(folder, ObjectPath) and not folder.is_dir():
+        return 0
+    freed = tree_bytes(folder)
     if isinstance(folder, ObjectPath):
         folder.remove_tree()
-    elif folder.exists():
+    else:
         shutil.rmtree(folder)
         fsync_dir(folder.parent)
+    return freed
+
+
+def size(path: StorePath) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return path.read_tail(1)[1] if isinstance(path, ObjectPath) else path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def zarr_source(node: StorePath) -> Any:

@@ -3,11 +3,13 @@
 A segment is one stream, one generation, one ordered tile list and a range of seeds, seed-major: row
 `row_start + k * tiles + j` is tile j under seed `seed_start + k`. Each begins at a shard boundary; the rows between
 its last view and the next boundary are holes. So growing never rewrites a shard, and an epoch reads one range.
+A segment that lost a seed goes on as its two ends: these lie where they lay, and may share a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +62,15 @@ class Segment:
     @property
     def all_seeds(self) -> range:
         return range(self.seed_start, self.seed_start + self.seeds)
+
+    def without(self, seed: int) -> tuple[Segment, ...]:
+        """What is left of it when one of its seeds is gone: none, one or two segments, each row where it was."""
+        before, after = seed - self.seed_start, self.seed_start + self.seeds - seed - 1
+        left = dataclasses.replace(self, seeds=before)
+        right = dataclasses.replace(
+            self, seed_start=seed + 1, seeds=after, row_start=self.row_start + (before + 1) * self.tiles
+        )
+        return tuple(part for part in (left, right) if part.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +128,18 @@ class Growth:
 def padded(rows: int, shard_views: int) -> int:
     """`rows` rounded up to a shard boundary."""
     return -(-rows // shard_views) * shard_views
+
+
+def shard_runs(segments: Iterable[Segment], shard_views: int) -> list[tuple[int, int]]:
+    """(first row, end row) of the whole shards that each segment lies in; segments that share a shard are one run."""
+    runs: list[tuple[int, int]] = []
+    for s in sorted(segments, key=lambda s: s.row_start):
+        start, stop = s.row_start // shard_views * shard_views, padded(s.row_stop, shard_views)
+        if runs and start < runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
+        else:
+            runs.append((start, stop))
+    return runs
 
 
 def plan_growth(

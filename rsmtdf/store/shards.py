@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import CRC_BYTES
 from rsmtdf.store.checksum import crc32c
-from rsmtdf.store.places import put
+from rsmtdf.store.places import put, read
 
 ABSENT = 2**64 - 1
 _ENTRY = 16
@@ -95,6 +95,35 @@ def write_shard_file(file: StorePath, views: Sequence[np.ndarray | None]) -> tup
         at += len(data) + CRC_BYTES
     raw = index.tobytes()
     return put(file, *parts, raw + crc32c(raw).to_bytes(CRC_BYTES, "little")), sums
+
+
+def drop_views(file: StorePath, slots: Collection[int], *, shard_views: int) -> int:
+    """Rewrites a shard file without the views in `slots`, atomically and durably; bytes given back, 0 if none is there.
+
+    The others are copied as they are, their checksums with them: damage stays as visible as it was.
+
+    Raises:
+        ShardDamage: the file is missing, or its index is damaged.
+        StoreError: it cannot be read now.
+    """
+    if (blob := read(file)) is None:
+        raise ShardDamage("the shard file is missing")
+    index = parse_index(blob[-index_bytes(shard_views) :], shard_views).copy()
+    gone = [k for k in slots if index[k, 0] != ABSENT]
+    if not gone:
+        return 0
+    index[gone] = ABSENT
+    parts: list[bytes] = []
+    at = 0
+    for k in np.flatnonzero(index[:, 0] != ABSENT).tolist():
+        offset, length = index[k].tolist()
+        parts.append(blob[offset : offset + length])
+        if len(parts[-1]) != length:
+            raise ShardDamage("the index points beyond the end of the shard file")
+        index[k] = at, length
+        at += length
+    raw = index.astype("<u8").tobytes()
+    return len(blob) - put(file, *parts, raw + crc32c(raw).to_bytes(CRC_BYTES, "little"))
 
 
 def shard_name(shard: int, dims: int) -> str:

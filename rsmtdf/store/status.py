@@ -81,13 +81,20 @@ class StatusArray:
         first = shard * self.shard_views
         return any(start <= first < stop for start, stop in self._read_sealed())
 
-    def unseal(self, shard: int) -> None:
-        """Takes the range that holds `shard` out of the sealed file, so that it cannot contradict a new commit.
+    def sealed_ranges(self) -> list[tuple[int, int]]:
+        """(first row, end row) of what is sealed."""
+        return sorted(self._read_sealed())
+
+    def unseal(self, *shards: int) -> None:
+        """Takes the ranges that hold `shards` out of the sealed file, so that they cannot contradict a new commit.
 
         The caller holds the store's mutex.
         """
-        first = shard * self.shard_views
-        self._write_sealed({r: w for r, w in self._read_sealed().items() if not r[0] <= first < r[1]})
+        firsts = np.sort(np.array(shards, np.int64)) * self.shard_views
+        sealed = self._read_sealed()
+        kept = {r: w for r, w in sealed.items() if np.searchsorted(firsts, r[0]) == np.searchsorted(firsts, r[1])}
+        if len(kept) < len(sealed):
+            self._write_sealed(kept)
 
     def read(self, n_rows: int) -> np.ndarray:
         """uint64 [n_rows].

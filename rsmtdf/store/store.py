@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from rsmtdf.store.manifest import commit as commit_manifest
 from rsmtdf.store.segments import STRUCTURE, NewSegment, Segment
 from rsmtdf.store.statistics import Moments
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of, word
-from rsmtdf.store.stored_teacher import StoredTeacher, load_teacher, write_teacher
+from rsmtdf.store.stored_teacher import StoredTeacher, discard_teacher, load_teacher, write_teacher
 from rsmtdf.store.tiles import TileIds, read_tiles
 from rsmtdf.store.twins import keep_twins
 
@@ -283,6 +283,11 @@ class FeatureStore:
         rows = np.arange(first, first + self.shard_views)
         return np.asarray(rows[self._real[first : first + self.shard_views]])
 
+    def removed_rows(self) -> np.ndarray:
+        """int64 rows that were views once: no segment covers them, but their columns say what they were."""
+        was = self.column("tile") >= 0
+        return np.flatnonzero(was & ~self._real).astype(np.int64)
+
     def describe(self, row: int) -> str:
         """A view in words: row, tile, stream and seed, as far as the columns can be read."""
         for s in self.segments:
@@ -417,6 +422,7 @@ class FeatureStore:
             self.refresh()
             if spec.name in self.teachers:
                 raise StoreError(f"feature store {self.path} already has a teacher {spec.name!r}")
+            discard_teacher(self.path, spec.name)  # a removed one of that name may have left shards behind
             teacher = StoredTeacher(
                 path=self.path / "teachers" / spec.name,
                 spec=spec,
@@ -448,6 +454,25 @@ class FeatureStore:
             given = {"dataset": dataset, "data_root": data_root, "experiment": experiment}
             self._commit(**{k: v for k, v in given.items() if v is not None})
 
+    def shrink(
+        self,
+        *,
+        segments: Sequence[Segment] | None = None,
+        without_teacher: str | None = None,
+        experiment: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Commits that only `segments` are there, or that a teacher is not; rows outside segments are holes then.
+
+        The caller owns the store and all its shards, and frees the disk afterwards (`rsmtdf.store.remove`).
+        """
+        changes: dict[str, Any] = {} if experiment is None else {"experiment": experiment}
+        if segments is not None:
+            changes["segments"] = tuple(segments)
+        if without_teacher is not None:
+            changes["teachers"] = {n: d for n, d in self._manifest.teachers.items() if n != without_teacher}
+        with self.locked():
+            self._commit(**changes)
+
     @contextlib.contextmanager
     def claim(self, shards: Sequence[int]) -> Iterator[None]:
         """Owns `shards` alone while inside. A process that dies loses its claims, kill -9 included.
@@ -474,6 +499,7 @@ class FeatureStore:
         skipped: Mapping[int, str],
         features: Mapping[str, Features],
         provenance: Mapping[str, Any],
+        left: Collection[int] = (),
     ) -> int:
         """Writes and commits one whole shard for some teachers; bytes of features written.
 
@@ -484,6 +510,7 @@ class FeatureStore:
             features: teacher -> features [k, tokens, dim] of the k views in `view_crcs`, rows ascending; or what
                 `teachers[name].encode` made of them.
             provenance: JSON-ready facts about the computation, kept beside the shard.
+            left: rows that stay to be done.
 
         Raises:
             StoreMismatch: a view has other pixels than when it was first cached.
@@ -494,7 +521,7 @@ class FeatureStore:
             owned = shard in self._owned
         with contextlib.nullcontext() if owned else self.claim([shard]):
             return commit.commit_shard(
-                self, shard, view_crcs=view_crcs, skipped=skipped, features=features, provenance=provenance
+                self, shard, view_crcs=view_crcs, skipped=skipped, features=features, provenance=provenance, left=left
             )
 
     def withdraw(self, shard: int, teacher: str) -> None:

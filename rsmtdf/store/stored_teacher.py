@@ -28,6 +28,7 @@ from rsmtdf.store.arrays import (
 )
 from rsmtdf.store.codecs import Codec, EncodedArray, find_codec
 from rsmtdf.store.manifest import KEY, checked, differences, signed
+from rsmtdf.store.places import remove_tree
 from rsmtdf.store.status import StatusArray
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -219,6 +220,20 @@ def resize_teacher(teacher: StoredTeacher, n_rows: int) -> None:
 def moment_array(path: StorePath, label: str, dim: int) -> PlainArray:
     """`channel_mean` or `channel_std` of the teacher at `path`."""
     return PlainArray(path=path / label, dtype="float32", chunk=dim, dim="channel")
+
+
+def discard_teacher(store: StorePath, name: str) -> int:
+    """Removes the files of a teacher that the store's manifest does not name; bytes given back.
+
+    The caller holds the store's mutex.
+    """
+    freed = 0
+    if not _NAME.fullmatch(name):
+        return freed  # no folder of ours
+    # Status words first: what a kill leaves must never look finished.
+    for folder in (store / "teachers" / name / "status", store / "teachers" / name, store / "provenance" / name):
+        freed += remove_tree(folder)
+    return freed
 
 
 def moment_sha256(values: np.ndarray) -> str:

@@ -14,6 +14,7 @@ from rsmtdf.specs import Teacher
 from rsmtdf.stages.cache.teach import device_of, pixels_of
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.store import FeatureStore
+from rsmtdf.store.stored_teacher import StoredTeacher
 from rsmtdf.views.maker import ViewMaker
 from rsmtdf.views.view import View
 
@@ -30,11 +31,19 @@ STATISTICS_RULE = {
 
 
 def add_teachers(
-    store: FeatureStore, *, teachers: Mapping[str, Teacher], maker: ViewMaker, codec: str, batch: int, stop: StopFlag
+    store: FeatureStore,
+    *,
+    teachers: Mapping[str, Teacher],
+    maker: ViewMaker,
+    codec: str,
+    batch: int,
+    stop: StopFlag,
+    siblings: Mapping[str, StoredTeacher] | None = None,
 ) -> None:
     """Makes room for each teacher, with channel statistics over a keyed sample of at most 256 views.
 
-    One process measures while others wait; a teacher that the store has already must have the same identity.
+    One process measures while others wait; a teacher that the store has already must have the same identity. Of
+    `siblings`, another store's teachers, statistics and their rule are taken over instead.
 
     Raises:
         StoreMismatch: the store's teacher of that name differs (each field, expected and found).
@@ -43,11 +52,13 @@ def add_teachers(
     with store.locked():
         store.refresh()
         for name, teacher in teachers.items():
+            sibling = (siblings or {}).get(name)
+            rule = STATISTICS_RULE if sibling is None else sibling.statistics.get("rule", {})
             if name in store.teachers:
-                store.expect_teacher(teacher.spec, codec, rule=STATISTICS_RULE)
+                store.expect_teacher(teacher.spec, codec, rule=rule)
                 continue
-            statistics = _measure(store, name, teacher, maker=maker, batch=batch, stop=stop)
-            store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=STATISTICS_RULE)
+            statistics = sibling or _measure(store, name, teacher, maker=maker, batch=batch, stop=stop)
+            store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=rule)
 
 
 def _measure(

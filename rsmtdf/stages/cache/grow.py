@@ -56,11 +56,12 @@ def plan_growth(
     if plain:
         wanted.append(("plain", sorted({*pool, *labelled}), 1))
     for stream, tiles, views in wanted:
-        counts = {t: len(have.get(stream, {}).get(t, ())) for t in tiles}
-        for have_views in sorted(set(counts.values())):
-            if have_views < views:
-                group = sorted(t for t in tiles if counts[t] == have_views)
-                new.append(Addition(stream=stream, seeds=range(have_views, views), tiles=tuple(group)))
+        lacking: dict[range, list[str]] = {}
+        for tile in sorted(tiles):
+            for seeds in _lowest_free(have.get(stream, {}).get(tile, ()), views):
+                lacking.setdefault(seeds, []).append(tile)
+        for seeds in sorted(lacking, key=lambda r: (r.start, r.stop)):
+            new.append(Addition(stream=stream, seeds=seeds, tiles=tuple(lacking[seeds])))
     return new
 
 
@@ -113,6 +114,21 @@ def stored_params(store: FeatureStore) -> np.ndarray:
     for name in PARAM_DTYPE.names or ():
         params[name] = store.column(name)
     return params
+
+
+def _lowest_free(taken: Collection[int], wanted: int) -> list[range]:
+    """Runs of the lowest seeds that make `taken` (which has gaps where seeds were removed) up to `wanted` seeds."""
+    runs: list[range] = []
+    lack, seed = wanted - len(taken), 0
+    while lack > 0:
+        if seed not in taken:
+            if runs and runs[-1].stop == seed:
+                runs[-1] = range(runs[-1].start, seed + 1)
+            else:
+                runs.append(range(seed, seed + 1))
+            lack -= 1
+        seed += 1
+    return runs
 
 
 def _new_segment(store: FeatureStore, addition: Addition) -> NewSegment:

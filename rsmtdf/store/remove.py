@@ -1,0 +1,269 @@
+"""Giving disk back: a teacher or a seed leaves a store, and no row number changes.
+
+The manifest goes first: once it is committed, the rows are holes, or the teacher is unknown, to every reader, and what
+is left on disk is litter that any later change (or stage 1) clears away. Then the status words of the rows, then
+their bytes. The views that share a shard with removed ones keep their words throughout: their bytes are copied as
+they are and the file is replaced whole, so there is no moment at which one of them cannot be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
+from rsmtdf.objects import StorePath
+from rsmtdf.signals import StopFlag
+from rsmtdf.specs import STREAMS, Stream
+from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
+from rsmtdf.store.places import names, tree_bytes
+from rsmtdf.store.places import remove as remove_file
+from rsmtdf.store.places import size as file_bytes
+from rsmtdf.store.segments import Segment
+from rsmtdf.store.shards import ShardDamage, drop_views, shard_name
+from rsmtdf.store.status import HOLE, StatusArray, word
+from rsmtdf.store.store import FeatureStore
+from rsmtdf.store.stored_teacher import StoredTeacher, discard_teacher
+
+SHOWN = 20
+"""Seeds that an error names."""
+Step = Callable[[str], None]
+"""Called after each step with its name; if it raises, the removal ends there."""
+
+
+@dataclass(kw_only=True)
+class RemovalReport:
+    """What leaves a store, or would."""
+
+    store: StorePath
+    what: str
+    views: int
+    """Rows that become holes; for a teacher, its finished views."""
+    bytes: int
+    """On disk: about that many before it is done, those given back afterwards."""
+    remaining: str
+    """What the store has left of the kind."""
+    shards_deleted: int = 0
+    shards_rewritten: int = 0
+    left: list[str] = field(default_factory=list)
+    """Files that could not be freed, and why."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "store": str(self.store)}
+
+
+def plan_removal(
+    store: FeatureStore,
+    *,
+    teacher: str | None = None,
+    seed: int | None = None,
+    stream: Stream = "strong",
+    generation: int | None = None,
+) -> RemovalReport:
+    """What `remove` would do; either a teacher or a seed is given.
+
+    Raises:
+        StoreIncomplete: there is no such teacher, or no view of that seed.
+        StoreError: neither or both are given, or no such stream.
+    """
+    if (teacher is None) == (seed is None):
+        raise StoreError("give either a teacher or a seed to remove")
+    if teacher is not None:
+        stored = store.teacher(teacher)
+        others = [name for name in store.teachers if name != teacher]
+        done = int(np.count_nonzero(store.usable([teacher])))
+        return RemovalReport(
+            store=store.path,
+            what=f"teacher {teacher}",
+            views=done,
+            bytes=tree_bytes(stored.path),
+            remaining=f"teachers left: {', '.join(others) or 'none; there is nothing to train from'}",
+        )
+    assert seed is not None
+    gone, kept = _cut(store, stream, seed, generation)
+    rows = np.concatenate([np.array(s.seed_rows(seed)) for s in gone])
+    seeds = {k for s in kept if s.stream == stream for k in s.all_seeds}
+    which = "" if generation is None else f" of generation {generation}"
+    return RemovalReport(
+        store=store.path,
+        what=f"{stream} seed {seed}{which}",
+        views=len(rows),
+        bytes=sum(int(store.usable([t.name])[rows].sum()) * t.bytes_per_view for t in store.teachers.values()),
+        remaining=f"{stream} seeds left: {len(seeds) or 'none'}",
+    )
+
+
+def remove(
+    path: StorePath,
+    *,
+    teacher: str | None = None,
+    seed: int | None = None,
+    stream: Stream = "strong",
+    generation: int | None = None,
+    experiment: Mapping[str, Any] | None = None,
+    stop: StopFlag,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Step = lambda step: None,
+) -> RemovalReport:
+    """Takes a teacher, or one seed's views, out of the store at `path` and gives their disk back.
+
+    Args:
+        path: the store; nobody may be writing to it meanwhile.
+        teacher: the one to remove.
+        seed: the one to remove, of `stream`.
+        stream: of the seed.
+        generation: only the views of this one.
+        experiment: the record that the store keeps from now on; None: as it is.
+        stop: ends the clearing between shards; what is left is cleared by `reclaim`.
+        progress: told shards cleared, and shards to clear.
+        on_step: for tests that end it half-way.
+
+    Raises:
+        StoreIncomplete: there is no such teacher, or no view of that seed.
+        StoreError: somebody is writing to it, or it cannot be written.
+        Interrupted: a signal came; the removal itself stands.
+    """
+    store = FeatureStore.open(path, writable=True)
+    with store.locked(), store.claims.all_shards(purpose="remove from"):
+        store.refresh()
+        report = plan_removal(store, teacher=teacher, seed=seed, stream=stream, generation=generation)
+        for status in _statuses(store):
+            status.sealed_ranges()  # what is damaged shall stop this before the first change, not after it
+        if seed is None:
+            store.shrink(without_teacher=teacher, experiment=experiment)
+        else:
+            store.shrink(segments=_cut(store, stream, seed, generation)[1], experiment=experiment)
+        on_step("manifest")
+        report.bytes = 0
+        _clear(store, report, stop, progress, on_step)
+    store.seal()
+    return report
+
+
+def reclaim(
+    store: FeatureStore, *, stop: StopFlag, progress: Callable[[int, int], None] = lambda done, total: None
+) -> RemovalReport | None:
+    """Clears what a removal that was cut short has left on disk; None while somebody writes to the store."""
+    with store.locked(), contextlib.ExitStack() as stack:
+        store.refresh()
+        try:
+            stack.enter_context(store.claims.all_shards(purpose="clear"))
+        except StoreError:
+            return None
+        report = RemovalReport(store=store.path, what="what was removed before", views=0, bytes=0, remaining="")
+        _clear(store, report, stop, progress, lambda step: None)
+    return report
+
+
+def _cut(store: FeatureStore, stream: Stream, seed: int, generation: int | None) -> tuple[list[Segment], list[Segment]]:
+    """The segments that hold the seed, and all that the store has without it."""
+    if stream not in STREAMS:
+        raise StoreError(f"no stream {stream!r}; there are {', '.join(STREAMS)}")
+    of_stream = [s for s in store.segments if s.stream == stream]
+    found = [s for s in of_stream if seed in s.all_seeds and generation in (None, s.generation)]
+    if not found:
+        have = sorted({(k, s.generation) for s in of_stream for k in s.all_seeds})
+        seeds = ", ".join(f"{k} (generation {g})" if g else str(k) for k, g in have[:SHOWN]) or "none"
+        asked = f"seed {seed}" + ("" if generation is None else f", generation {generation}")
+        raise StoreIncomplete(
+            f"feature store {store.path} has no {stream} views of {asked}; it has seeds: {seeds}"
+            + (f" and {len(have) - SHOWN} more" if len(have) > SHOWN else "")
+        )
+    return found, [part for s in store.segments for part in (s.without(seed) if s in found else (s,))]
+
+
+def _statuses(store: FeatureStore) -> list[StatusArray]:
+    return [store.view_status_array, *(t.status for t in store.teachers.values())]
+
+
+def _clear(
+    store: FeatureStore,
+    report: RemovalReport,
+    stop: StopFlag,
+    progress: Callable[[int, int], None],
+    on_step: Step,
+) -> None:
+    """Frees the disk of rows and teachers that the manifest no longer has. The caller owns everything."""
+    for name in sorted({*names(store.path / "teachers")} - {METADATA, *store.teachers}):
+        report.bytes += discard_teacher(store.path, name)
+        on_step(f"teacher {name}")
+    rows = store.removed_rows()
+    slots: dict[int, list[int]] = {}
+    for row in rows.tolist():
+        slots.setdefault(row // store.shard_views, []).append(row % store.shard_views)
+    for status in _statuses(store):
+        for shard in _mark_holes(store, status, slots, report, on_step):
+            slots.pop(shard)
+    for n, shard in enumerate(slots):
+        stop.check(
+            "stopped: what was removed is gone; its disk is freed by the same command or the next cache-features"
+        )
+        try:
+            _free_shard(store, shard, slots[shard], report, on_step)
+        except ShardDamage as damage:
+            report.left.append(f"shard {shard}: {damage}")
+        progress(n + 1, len(slots))
+
+
+def _mark_holes(
+    store: FeatureStore, status: StatusArray, slots: Mapping[int, list[int]], report: RemovalReport, on_step: Step
+) -> list[int]:
+    """Takes the removed rows' words away; the shards whose words are damaged, which stay as they are."""
+    dirty: dict[int, np.ndarray] = {}
+    damaged: list[int] = []
+    for shard, gone in slots.items():
+        try:
+            words = status.read_shard(shard).copy()
+        except StoreCorrupt as error:
+            report.left.append(f"shard {shard}: {error}")
+            damaged.append(shard)
+            continue
+        if status.chunk_file(shard).exists() and not (words[gone] == word(HOLE)).all():
+            words[gone] = word(HOLE)
+            dirty[shard] = words
+    status.unseal(*dirty)
+    on_step("unseal")
+    for shard, words in dirty.items():
+        if len(store.rows_of_shard(shard)):
+            status.write_shard(shard, words)
+        else:
+            remove_file(status.chunk_file(shard))
+        on_step(f"status {shard}")
+    return damaged
+
+
+def _free_shard(store: FeatureStore, shard: int, slots: list[int], report: RemovalReport, on_step: Step) -> None:
+    is_whole = not len(store.rows_of_shard(shard))
+    freed = 0
+    for teacher in store.teachers.values():
+        if is_whole:
+            remove_file(store.path / "provenance" / teacher.name / f"{shard}.json")
+        for array in teacher.arrays:
+            file = teacher.path / array.name / shard_name(shard, 1 + len(array.shape))
+            if (size := file_bytes(file)) is None:
+                continue
+            if is_whole:
+                freed += size
+                remove_file(file)
+            else:
+                freed += _drop(store, teacher, array.name, file, slots)
+            on_step(f"data {shard}")
+    report.bytes += freed
+    report.shards_deleted += bool(freed) and is_whole
+    report.shards_rewritten += bool(freed) and not is_whole
+
+
+def _drop(store: FeatureStore, teacher: StoredTeacher, name: str, file: StorePath, slots: list[int]) -> int:
+    node = teacher.path / name
+    (array,) = (a for a in teacher.arrays if a.name == name)
+    if not same_layout(read_metadata(node), teacher.array_metadata(array, store.n_rows)):
+        raise ShardDamage(f"{node} is in another layout than the store's own, so that {file.name} cannot be cut down")
+    try:
+        return drop_views(file, slots, shard_views=store.shard_views)
+    except ShardDamage as damage:
+        raise ShardDamage(f"{file}: {damage}; mend it with rsmtdf cache repair, then clear up again") from damage
