@@ -31,7 +31,7 @@ def train(tiny: Any, out: Path) -> dict[str, Any]:
 
 
 def shard_files(store: Path) -> dict[str, int]:
-    return {str(f.relative_to(store)): f.stat().st_mtime_ns for f in store.glob("teachers/*/features/c.*")}
+    return {str(f.relative_to(store)): f.stat().st_mtime_ns for f in store.glob("teachers/*/codes/c.*")}
 
 
 def first_row_read(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -54,10 +54,10 @@ def test_a_flipped_byte_is_found_withdrawn_and_computed_again(
     store = FeatureStore.open(tiny.store)
     row = first_row_read(tiny, tmp_path / "asked", monkeypatch)
     shard, slot = divmod(row, store.shard_views)
-    name = f"teachers/dense/features/c.{shard}.0.0"
+    name = f"teachers/dense/codes/c.{shard}.0.0"
     file = tiny.store / name
     good = file.read_bytes()
-    flip(file, slot * (store.teacher("dense").bytes_per_view + 4) + 100)
+    flip(file, slot * (store.teacher("dense").arrays[0].view_bytes + 4) + 100)
     with pytest.raises(StoreCorrupt, match=f"rsmtdf cache repair {tiny.store}"):
         train(tiny, tmp_path / "refused")
 
@@ -93,7 +93,7 @@ def test_a_sound_store_stays_as_it_is(tiny: Any, command: Run) -> None:
 
 
 def test_json_names_every_damaged_view(tiny: Any, command: Run) -> None:
-    (tiny.store / "teachers" / "coarse" / "features" / "c.1.0.0").unlink()
+    (tiny.store / "teachers" / "coarse" / "codes" / "c.1.0.0").unlink()
     said = command("cache", "repair", tiny.store, "--json")
     coarse = json.loads(said.out)["teachers"]["coarse"]
     store = FeatureStore.open(tiny.store)
