@@ -56,7 +56,8 @@ class TeacherConfig(Model):
 class CacheConfig(Model):
     """Stage 1: how many views, in which codec, and how it runs."""
 
-    codec: Literal["fp16", "int8", "int4"] = "fp16"
+    codec: Literal["int8", "int4", "fp16"] = "int8"
+    """Of the teachers' features: a half, 0.28 and all of half precision's bytes (docs/store-format.md)."""
     seeds: Literal["auto"] | int = "auto"
     """Strong views per tile of the pool; auto: at most 10, fitted to `max_gb`."""
     weak_views: Literal["auto"] | int = "auto"

@@ -41,4 +41,6 @@ WeakViews = Annotated[
     str | None, typer.Option("--weak-views", help="Weak views per labelled tile: auto (64 to 1000), or a number.")
 ]
 MaxGb = Annotated[float | None, typer.Option("--max-gb", help="Size limit of the store; default half the free space.")]
-Codec = Annotated[str | None, typer.Option("--codec", help="How features are kept: fp16 or int8.")]
+Codec = Annotated[
+    str | None, typer.Option("--codec", help="How features are kept: int8 (default), int4 (half of it), fp16 (twice).")
+]

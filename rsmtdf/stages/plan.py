@@ -171,6 +171,9 @@ def _no_room(cache: CacheConfig, pool: int, labelled: int, weak: int, size: int,
     ways = [f"--seeds 1 or 2 ({need(1):.1f} or {need(2):.1f} GB, weaker augmentation)"]
     if (fits := int((budget / size - weak * labelled) // MIN_AUTO_SEEDS)) > 0:
         ways.append(f"a pool of at most {fits:,} tiles")
+    if cache.codec != "int4":
+        part = {"int8": "0.56", "fp16": "0.28"}[cache.codec]
+        ways.append(f"--codec int4 ({part} of the bytes, 9 % error)")
     ways.append(f"fewer --weak-views (now {weak} for each of {labelled:,} labelled tiles)")
     ways.append(f"--max-gb {math.ceil(need(MIN_AUTO_SEEDS))} with --out on a larger disk")
     return (

@@ -97,7 +97,7 @@ class Fp16:
         single = features.to(torch.float32)  # the one way from double to half: rounded twice on any device
         half = single.to(torch.float16)
         if not _fits_half(single):
-            _require_finite(half, features, rows, limit="fp16 holds at most 65504")
+            _require_finite(half, features, None, rows, limit="fp16 holds at most 65504")
         return {"features": half}
 
     def decode(
@@ -131,7 +131,7 @@ class Int8:
             scales[block] = _scales(z, 127)
             codes[block] = _codes(z, scales[block], 127)
         limit = "after standardising, int8 holds at most 8.3e6"
-        _require_finite(out["token_scale"].unsqueeze(-1), features, rows, limit=limit)
+        _require_finite(out["token_scale"].unsqueeze(-1), features, (mean, std), rows, limit=limit)
         return out
 
     def decode(
@@ -180,7 +180,7 @@ class Int4:
             pairs = nibbles.view(len(z), groups * GROUP).view(torch.int16)  # lower | upper << 8: little endian
             codes[block] = (pairs >> 4).bitwise_or_(pairs).bitwise_and_(0xFF)[:, :bytes_]
         limit = "after standardising, int4 holds at most 4.5e5"
-        _require_finite(out["token_scale"], features, rows, limit=limit)
+        _require_finite(out["token_scale"], features, (mean, std), rows, limit=limit)
         return out
 
     def decode(
@@ -279,18 +279,29 @@ def _moments(mean: np.ndarray, std: np.ndarray, device: torch.device) -> tuple[t
     return centre, spread.clamp(min=STD_FLOOR)
 
 
-def _require_finite(encoded: torch.Tensor, features: torch.Tensor, rows: Sequence[int] | None, *, limit: str) -> None:
-    """Raises StoreError where `encoded` is not finite, naming the first view, token and channel of `features`."""
+def _require_finite(
+    encoded: torch.Tensor,
+    features: torch.Tensor,
+    statistics: tuple[np.ndarray, np.ndarray] | None,
+    rows: Sequence[int] | None,
+    *,
+    limit: str,
+) -> None:
+    """Raises StoreError where `encoded` is not finite, naming the first view, token and channel of `features`.
+
+    `statistics`: mean and std, where it is standardised values that were encoded.
+    """
     if bool(torch.isfinite(encoded).all()):
         return
-    bad = ~torch.isfinite(encoded)
-    view, token = (int(i) for i in bad.nonzero()[0][:2])
-    values = features[view, token].to(torch.float32)
+    view, token = (int(i) for i in (~torch.isfinite(encoded)).nonzero()[0][:2])
+    values = sizes = features[view, token].to(torch.float32)
+    if statistics is not None:
+        centre, spread = _moments(*statistics, features.device)
+        sizes = (values - centre) / spread
     # NaN first, then the largest: what made the encoding overflow.
-    channel = int(torch.nan_to_num(values.abs(), nan=float("inf")).argmax())
-    value = float(values[channel])
+    channel = int(torch.nan_to_num(sizes.abs(), nan=float("inf")).argmax())
     raise StoreError(
-        f"view {rows[view] if rows is not None else view}: feature {value:g} at token {token}, channel {channel} "
-        f"cannot be stored ({limit}); check the teacher's weights and its compute dtype (float32 or bfloat16 overflow "
-        "less than float16)"
+        f"view {rows[view] if rows is not None else view}: feature {float(values[channel]):g} at token {token}, "
+        f"channel {channel} cannot be stored ({limit}); check the teacher's weights and its compute dtype (float32 or "
+        "bfloat16 overflow less than float16)"
     )

@@ -115,7 +115,7 @@ class StoredTeacher:
         """One line per field in which this teacher differs from the one asked for."""
         lines = differences(spec.identity(), self.spec.identity())
         if codec != self.codec:
-            lines.append(f"codec: expected {codec!r}, found {self.codec!r}")
+            lines.append(f"codec: expected {codec!r}, found {self.codec!r} (--codec {self.codec} goes on with it)")
         if rule is not None:
             lines += differences({"statistics rule": dict(rule)}, {"statistics rule": self.statistics.get("rule")})
         return lines

@@ -314,7 +314,7 @@ def check_same_store(world: World, out: str) -> None:
 
 MOMENTS: dict[str, Callable[[World, str], bool]] = {
     "created": lambda world, out: (world.folder / out / "zarr.json").exists(),
-    "first shard": lambda world, out: world.shards(out, "teachers/dense/features") >= 1,
+    "first shard": lambda world, out: world.shards(out, "teachers/dense/codes") >= 1,
     "half": lambda world, out: world.shards(out, "teachers/coarse/status") >= 4,
 }
 
@@ -325,7 +325,7 @@ def test_caching_killed_three_times_ends_in_the_same_bits(world: World) -> None:
         command = world.cache(out).until(lambda reached=reached: reached(world, out))
         assert command.end(signal.SIGKILL) == -9
     # As a kill leaves them that comes while a file is written: of features, of status words, of metadata.
-    for name in ("teachers/dense/features/c.6.0.0", "teachers/dense/status/c.6", "views/status/c.6", "zarr.json"):
+    for name in ("teachers/dense/codes/c.6.0.0", "teachers/dense/status/c.6", "views/status/c.6", "zarr.json"):
         (world.folder / out / f"{name}.0123456789abcdef0123456789abcdef.partial").write_bytes(b"half a fi")
     last = world.cache(out)
     assert last.wait() == 0, last.said()

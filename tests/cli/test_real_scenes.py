@@ -275,7 +275,8 @@ def test_a_corrected_mask_costs_nothing_and_is_learned_from(own: Project, tmp_pa
 
 def test_one_more_labelled_scene_costs_its_weak_views_alone(own: Project, tmp_path: Path) -> None:
     before = own.workspace().labelled
-    stored = {p: p.read_bytes() for p in own.store.rglob("c/*") if "features" in p.parts}
+    stored = {p: p.read_bytes() for p in own.store.rglob("c.*") if "codes" in p.parts}
+    assert stored
     own.label([*LABELLED, "tile7_part004"])
     more = set(own.workspace().labelled) - set(before)
     assert {tile.split("/")[0] for tile in more} == {"tile7_part004"}

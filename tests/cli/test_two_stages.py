@@ -50,8 +50,12 @@ def test_the_store_holds_what_the_teacher_says_of_the_same_view(cached_tiny: Any
         teacher = build_teacher(source, student_grid=student_grid(experiment), device=torch.device("cpu"))
         live = teacher(pixels)
         assert stored[name].shape == live.shape
-        # fp16 rounds to 11 bits; what batch a view is in may move the last bits of the teacher's float32.
-        torch.testing.assert_close(stored[name], live, rtol=2**-10, atol=1e-4)
+        # The store's int8 keeps a value to half a step of its token. What batch a view is in may move the last bits of
+        # the teacher's float32, and with them a code by one.
+        kept = store.teacher(name)
+        step = kept.encode(live)["token_scale"].float().unsqueeze(-1) * torch.from_numpy(kept.std).clamp(min=1e-3)
+        assert ((stored[name] - live).abs() <= 0.6 * step + 1e-4).all()
+        assert (stored[name] == kept.roundtrip(live)).float().mean() > 0.99
         assert not torch.equal(stored[name][0], stored[name][1]), "two views, two features"
 
 

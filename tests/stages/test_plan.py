@@ -47,6 +47,10 @@ def test_fewer_than_three_seeds_stop_with_the_ways_out_priced() -> None:
     assert f"{(3 * 1000 + 20 * 64) * VIEW / 1e9:.1f} GB" in text
     assert "--seeds 1 or 2" in text
     assert "--max-gb 11" in text
+    assert "--codec int4 (0.56 of the bytes" in text
+    with pytest.raises(ConfigError) as smallest:
+        amounts(CacheConfig(codec="int4", max_gb=6, weak_views=64))
+    assert "--codec" not in str(smallest.value)
 
 
 def test_asked_numbers_are_taken_as_they_are() -> None:

@@ -98,6 +98,16 @@ def test_a_scale_is_never_subnormal(name):
     assert int(decoded.count_nonzero()) == 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("int8", 2e4), ("int4", 2e3)])
+def test_a_channel_that_was_constant_is_named_before_a_massive_one(name, value):
+    x = features(2)
+    x[:, :, 3] *= 1e5
+    mean, std = moments(x)
+    x[1, 2, 9], std[9] = value, 0
+    with pytest.raises(StoreError, match=rf"view 1: feature {value:g} at token 2, channel 9 .*{name} holds"):
+        CODECS[name].encode(x, mean=mean, std=std)
+
+
 def test_int4_packs_the_even_channel_into_the_lower_half():
     x = torch.tensor([[[7.0, -7.0, 0.0, 1.0, -3.0]]])
     encoded = CODECS["int4"].encode(x, mean=np.zeros(5), std=np.ones(5))
