@@ -6,7 +6,6 @@ NumPy (docs/store-format.md). Encoding runs where the features are; the host onl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,7 +34,7 @@ class EncodedArray:
 
     @property
     def view_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
 class Codec(Protocol):
