@@ -1,6 +1,6 @@
 """The feature store against its peers and against the limits of the machine: reads, epochs, writes, sizes, opening.
 
-    OMP_NUM_THREADS=1 python benchmarks/store.py [--quick] [--json FILE] [--markdown]
+    OMP_NUM_THREADS=1 python benchmarks/store.py [--quick] [--json FILE] [--markdown docs/benchmarks.md]
 
 Every format holds the same views (the paper's size: DINOv2-B at 518 px, 2.10 MB in fp16), and every way to read them
 is checked for equality before the clock runs. All ways take turns, read by read, so drift hits all alike, and ratios
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     parser.add_argument("--dir", type=Path, help="where the files go for the time being (default: the system's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure, as data")
-    parser.add_argument("--markdown", action="store_true", help="the tables of docs/benchmarks.md, instead of text")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="puts the tables into it: docs/benchmarks.md")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of the peers, on ways to use them that are their users'
     if arguments.quick:
@@ -49,7 +49,9 @@ def main() -> None:
         found = measure(Path(folder), arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(report.markdown(found) if arguments.markdown else report.text(found))
+    if arguments.markdown:
+        report.put_into(arguments.markdown, found)
+    print(report.text(found))
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from store_peers import machine
@@ -12,7 +13,15 @@ GOALS_BYTES = {"fp16": 2.63e6, "int8": 1.33e6, "int4": 0.75e6}
 OURS = "rsmtdf, verified"
 _CHECKED = ("zarr-python", "tensorstore, crc32c", "HDF5, fletcher32")
 """Formats of peers that write a checksum per view."""
-_READS = {"views_one": "one view", "views_batch": "batches", "epochs": "epochs", "cold": "cold"}
+_READS = {
+    "views_one": ("one view", "One random view at a time"),
+    "views_batch": ("batches", "Batches of 16 random views"),
+    "epochs": ("epochs", "Shuffled epochs, batches of 32"),
+    "cold": ("cold", "One random view that is not in the page cache"),
+}
+"""Key of the figures -> in short, and as a title."""
+BEGIN = "<!-- tables of benchmarks/store.py: begin -->"
+END = "<!-- tables of benchmarks/store.py: end -->"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -25,65 +34,73 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n\n".join(_aligned(part) if part.startswith("|") else part for part in _parts(found))
 
 
+def put_into(page: Path, found: Mapping[str, Any]) -> None:
+    """Replaces what stands between the two marks in `page`.
+
+    Raises:
+        SystemExit: the marks are not there.
+    """
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}, between which the tables belong")
+    page.write_text(f"{before}{begin}\n{markdown(found)}\n{end}{after}")
+
+
 def _parts(found: Mapping[str, Any]) -> list[str]:
-    parts = [machine.text(found["machine"], found["load_after"])]
-    for codec, of in found["codecs"].items():
-        size = f"{of['view_bytes'] / 1e6:.2f} MB"
-        total = of["views"] * of["view_bytes"] / 1e6
-        parts.append(f"**{codec}: random views of {size}, one at a time** ({of['views']} views, {total:.0f} MB)")
-        parts.append(_reads(of["views_one"], found["notices"], "memcpy"))
-        parts.append(f"**{codec}: batches of 16 random views**")
-        parts.append(_reads(of["views_batch"], found["notices"], "memcpy"))
-        parts.append(f"**{codec}: shuffled epochs, batches of 32**")
-        parts.append(_reads(of["epochs"], found["notices"], "memcpy"))
-        parts.append(f"**{codec}: a random view that is not in the page cache**")
-        parts.append(_reads(of["cold"], found["notices"], "pread"))
-        parts.append(f"**{codec}: writing**")
-        parts.append(_writes(of["writes"]))
+    codecs = found["codecs"]
+    sizes = ", ".join(
+        f"{codec}: {of['views']} views of {of['view_bytes'] / 1e6:.2f} MB, "
+        f"{of['views'] * of['view_bytes'] / 1e6:.0f} MB in each format"
+        for codec, of in codecs.items()
+    )
+    parts = [f"{machine.text(found['machine'], found['load_after'])} {sizes}."]
+    for key, (_, title) in _READS.items():
+        parts += [f"**{title}**", _reads({c: of[key] for c, of in codecs.items()}, found["notices"], key)]
+    parts += ["**Writing**", _writes({c: of["writes"] for c, of in codecs.items()})]
     parts.append("**Bytes per view, both teachers (DINOv2-B at 518 px, CLIP-L at 224 px)**")
-    sizes = [(c, f"{n / 1e6:.2f} MB", _goal_bytes(c, n)) for c, n in found["bytes_per_view"].items()]
-    parts.append(_table(("codec", "bytes", "goal"), sizes))
+    stored = [(c, f"{n / 1e6:.2f} MB", _goal_bytes(c, n)) for c, n in found["bytes_per_view"].items()]
+    parts.append(_table(("codec", "bytes", "goal"), stored))
     views = found["opening"]["sealed"][0]["views"]
     parts.append(f"**Opening a store of {views:,} views (two teachers), and the index of an epoch**")
     parts.append(_opening(found["opening"]))
-    parts.append("**Goals**")
-    parts.append(_goals(found))
+    parts += ["**Goals**", _goals(found)]
     return parts
 
 
-def _reads(rows: Sequence[Mapping[str, Any]], notices: Mapping[str, bool], limit: str) -> str:
+def _reads(of: Mapping[str, Sequence[Mapping[str, Any]]], notices: Mapping[str, bool], key: str) -> str:
+    limit = "pread" if key == "cold" else "memcpy"
+    head = ["reader", "notices a flipped bit"]
+    for codec in of:
+        head += [f"{codec}: ms, median (p10 to p90)", f"{limit} / it", "it / ours verified"]
     lines = []
-    for r in rows:
-        ms = r["ms"]
-        lines.append(
-            (
-                _bold(r["name"]),
-                _notices(r["name"], notices),
-                _figure(ms["median"]),
-                f"{_figure(ms['p10'])} / {_figure(ms['p90'])}",
-                f"{r['mb_per_s']:,.0f}",
-                f"{r['share_of_limit']:.2f}",
-                f"{r['times_ours']:.2f}",
-            )
-        )
-    head = ("reader", "notices a flipped bit", "median ms", "p10 / p90", "MB/s", f"{limit} / it", "it / ours verified")
+    for rows in zip(*of.values(), strict=True):
+        line = [_bold(rows[0]["name"]), _notices(rows[0]["name"], notices)]
+        for r in rows:
+            ms = {k: _figure(v) for k, v in r["ms"].items()}
+            line += [f"{ms['median']} ({ms['p10']} to {ms['p90']})"]
+            line += [f"{r['share_of_limit']:.2f}", f"{r['times_ours']:.2f}"]
+        lines.append(line)
     return _table(head, lines)
 
 
-def _writes(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        (
-            _bold(r["name"]),
-            "fsyncs" if r["durable"] else f"{r['mb_per_s']:,.0f}",
-            f"{r['durable_mb_per_s']:,.0f}",
-            f"{r['times_ours']:.2f}",
-            f"{r['cpu_s_per_gb']:.2f}",
-            f"{r['bytes_per_view'] / 1e6:.3f}",
-            f"{r['files']:,}",
-        )
-        for r in rows
-    ]
-    head = ("format", "MB/s as it is", "MB/s, fsynced", "it / ours, fsynced", "CPU-s/GB", "MB on disk a view", "files")
+def _writes(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    head = ["format"]
+    for codec in of:
+        head += [f"{codec}: MB/s as it is", "fsynced", "it / ours, fsynced", "CPU-s/GB", "MB on disk a view", "files"]
+    lines = []
+    for rows in zip(*of.values(), strict=True):
+        line = [_bold(rows[0]["name"])]
+        for r in rows:
+            line += [
+                "fsyncs" if r["durable"] else f"{r['mb_per_s']:,.0f}",
+                f"{r['durable_mb_per_s']:,.0f}",
+                f"{r['times_ours']:.2f}",
+                f"{r['cpu_s_per_gb']:.2f}",
+                f"{r['bytes_per_view'] / 1e6:.3f}",
+                f"{r['files']:,}",
+            ]
+        lines.append(line)
     return _table(head, lines)
 
 

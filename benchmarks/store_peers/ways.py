@@ -121,7 +121,10 @@ def _memmap(folder: Path, views: Views) -> Iterator[Reads]:
             np.copyto(values, maps[name][row])
         return out
 
-    yield _one_by_one(one)
+    try:
+        yield _one_by_one(one)
+    finally:
+        maps.clear()  # unmapped now, whoever keeps the reader: mapped pages never leave the page cache
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+BEGIN, END = (f"<!-- tables of benchmarks/store.py: {edge} -->" for edge in ("begin", "end"))
 LIMITS = {"memcpy (limit)", "raw pread (limit)"}
 OURS = {f"rsmtdf, {how}" for how in ("verified", "verified, 2 threads", "unverified", "unverified, 2 threads")}
 CHECKED = {"zarr-python a[i]", "zarr-python oindex", "tensorstore, crc32c", "h5py, fletcher32"}
@@ -25,13 +26,15 @@ def found(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     for peer in ("h5py", "tensorstore", "webdataset"):
         pytest.importorskip(peer, reason=f"{peer} is not installed (it is in rsmtdf[bench])")
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, str(repo / "benchmarks" / "store.py"), "--quick", "--markdown"]
+    page = folder / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    command = [sys.executable, str(repo / "benchmarks" / "store.py"), "--quick", "--markdown", str(page)]
     command += ["--dir", str(folder), "--json", str(folder / "found.json")]
     env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert [f.name for f in folder.iterdir()] == ["found.json"]  # nothing else stays behind
-    return json.loads((folder / "found.json").read_text()), done.stdout
+    assert sorted(f.name for f in folder.iterdir()) == ["found.json", "page.md"]  # nothing else stays behind
+    return json.loads((folder / "found.json").read_text()), page.read_text()
 
 
 @pytest.mark.slow
@@ -67,5 +70,8 @@ def test_sizes_and_goals_are_stated(found):
     assert data["bytes_per_view"]["fp16"] == 2 * (1369 * 768 + 256 * 1024)
     assert data["opening"]["sealed"][0]["views"] == 700
     assert data["opening"]["sealed"][0]["peak_mb"] >= data["opening"]["sealed"][0]["interpreter_mb"]
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"\n{END}\nafter\n")
+    assert "old" not in text.split()
     for line in ("Load average", "| **rsmtdf, verified** | yes |", "**Goals**", "MB on disk a view"):
         assert line in text

@@ -34,8 +34,8 @@ with CachedFeatures(store, ["t"], device="cpu", threads=2, rows=rows) as source:
 @pytest.mark.parametrize("codec", ["fp16", "int8"])
 def test_a_shuffled_epoch_takes_no_memory(kit, path, run_python, codec):
     store = kit.create(path)
-    store.extend([kit.weak(256, seeds=1)])
-    kit.add_teacher(store, codec=codec, grid=(16, 32), dim=256)  # 64 MiB of fp16, 128 MiB decoded
+    store.extend([kit.weak(128, seeds=1)])
+    kit.add_teacher(store, codec=codec, grid=(16, 32), dim=256)  # 32 MiB of fp16, 64 MiB decoded
     kit.fill(store)
     found = json.loads(run_python(_EPOCHS, str(path)))
     first, *others = found["epochs"]
