@@ -5,8 +5,8 @@
 Design, section 9: a share of at most 3 %, views, features and decoding included. The store has the paper's sizes
 (views of 518 px; 1369 x 768 and 256 x 1024 features) over a small synthetic world, with random numbers for features;
 rows come from the sampler, views and features are made ahead as `rsmtdf train` does. The fake step sleeps, so it
-leaves all cores to the data: true of a step on a GPU, not of one on the CPU. The files are in the page cache. Without a GPU features are decoded
-on the CPU, most of their cost here.
+leaves all cores to the data: true of a step on a GPU, not of one on the CPU. The files are in the page cache. Without
+a GPU features are decoded on the CPU, which is most of their cost here.
 
 Three rows: views taken as given (features read, verified and decoded); features taken as given; both.
 """
