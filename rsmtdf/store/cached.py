@@ -165,23 +165,14 @@ class CachedFeatures:
         """Has a batch read by `helpers` threads of the pool."""
         buffers: dict[str, _Buffer] = {}
         pieces: list[Callable[[], None]] = []
-        checks: list[Callable[[], None]] = []
         for name, reader in self._readers.items():
             buffers[name] = self._buffers.take(len(rows), reader.teacher.arrays)
-            some, check = reader.reading(rows, buffers[name].host(len(rows)))
-            pieces += some
-            checks.append(check)
-        work = WorkShare(pieces, then=partial(self._arrived, checks, buffers, len(rows)))
+            pieces += reader.pieces(rows, buffers[name].host(len(rows)))
+        # On the CPU, where it takes time, decoding is done ahead as well.
+        then = self._decoded if self._device.type == "cpu" else _later
+        work = WorkShare(pieces, then=partial(then, buffers, len(rows)))
         work.help(self._pool, helpers)
         return _Batch(work=work, buffers=buffers, views=len(rows))
-
-    def _arrived(
-        self, checks: Sequence[Callable[[], None]], buffers: Mapping[str, _Buffer], views: int
-    ) -> Targets | None:
-        """Checks a batch that has been read. On the CPU, where it takes time, decoding is done ahead as well."""
-        for check in checks:
-            check()
-        return self._decoded(buffers, views) if self._device.type == "cpu" else None
 
     def _end(self, batch: _Batch) -> Targets:
         """The targets of a batch, as soon as they are there."""
@@ -196,6 +187,10 @@ class CachedFeatures:
             name: reader.teacher.decode(buffers[name].to_device(views), device=self._device)
             for name, reader in self._readers.items()
         }
+
+
+def _later(buffers: Mapping[str, _Buffer], views: int) -> None:
+    """Leaves decoding to whoever takes the batch: on an accelerator it is launched and not waited for."""
 
 
 def _default_threads(path: object) -> int:

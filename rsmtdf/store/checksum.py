@@ -8,7 +8,7 @@ import numpy as np
 
 def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
     """The crc32c of `data` (an array: its bytes in C order), continuing from `start`, the crc of what precedes it."""
-    if isinstance(data, np.ndarray):
+    if isinstance(data, np.ndarray) and not (data.dtype == np.uint8 and data.flags.c_contiguous):
         # The C code takes no memoryview of a writable buffer, but it takes arrays.
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return int(google_crc32c.extend(start, data))
@@ -24,16 +24,18 @@ class Appending:
     def __init__(self, size: int) -> None:
         zeros = bytes(size)
         plain = crc32c(zeros)
-        bits = np.array([crc32c(zeros, start=1 << k) ^ plain for k in range(32)], np.uint32)
-        self._tables = np.zeros((4, 256), np.uint32)
-        for value in range(256):
-            for k in range(8):
-                if value >> k & 1:
-                    self._tables[:, value] ^= bits[k::8]
+        bits = [crc32c(zeros, start=1 << k) ^ plain for k in range(32)]
+        self._tables = [_sums(bits[place : place + 8]) for place in (0, 8, 16, 24)]
 
-    def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """uint32 [...] of a + b; `first` of a and `second` of b, uint32 [...]."""
-        total = second
-        for place, table in enumerate(self._tables):
-            total = total ^ table[(first >> np.uint32(8 * place)) & np.uint32(0xFF)]
-        return np.asarray(total, np.uint32)
+    def __call__(self, first: int, second: int) -> int:
+        """Of a + b; `first` of a and `second` of b."""
+        a, b, c, d = self._tables
+        return a[first & 255] ^ b[first >> 8 & 255] ^ c[first >> 16 & 255] ^ d[first >> 24] ^ second
+
+
+def _sums(bits: list[int]) -> list[int]:
+    """For each subset of eight numbers, as a byte, the exclusive or of them."""
+    table = [0]
+    for bit in bits:
+        table += [value ^ bit for value in table]
+    return table

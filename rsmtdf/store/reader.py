@@ -80,7 +80,8 @@ class FeatureReader:
         self._own = files is None
         self._files = OpenShards() if files is None else files
         self._shards = [self._open(array, ahead, force_zarr=force_zarr) for array in self.teacher.arrays]
-        self._appending = [Appending(array.view_bytes) for array in self.teacher.arrays[1:]]
+        self._by_shard = any(s.by_shard for s in self._shards)
+        self._appending = [Appending(array.view_bytes) for array in self.teacher.arrays]
 
     def is_done(self, rows: np.ndarray) -> np.ndarray:
         """bool, per row: whether its features are committed."""
@@ -102,36 +103,35 @@ class FeatureReader:
             StoreError: it cannot be read now; nothing is known to be wrong with it.
         """
         filled = self.empty(len(view_ids)) if out is None else out
-        pieces, check = self.reading(view_ids, filled)
-        work = WorkShare(pieces, then=check)
-        if self._pool is not None:
+        pieces = self.pieces(view_ids, filled)
+        if self._pool is None:
+            for piece in pieces:
+                piece()
+        else:
+            work = WorkShare(pieces, then=lambda: None)
             work.help(self._pool, self._threads - 1)
-        work.result()
+            work.result()
         return filled
 
     def empty(self, views: int) -> dict[str, np.ndarray]:
         """Arrays that `get_many` fills."""
         return {a.name: np.empty((views, *a.shape), a.dtype) for a in self.teacher.arrays}
 
-    def reading(
-        self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray]
-    ) -> tuple[list[Piece], Callable[[], None]]:
-        """`get_many` in pieces that may run at the same time, and the check to run after all of them.
+    def pieces(self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray]) -> list[Piece]:
+        """`get_many` in pieces that may run at the same time and raise what it raises.
 
-        Both raise what `get_many` raises; a piece is the work of one view, or of one shard where that is a request.
+        A piece is the work of one view, or of the views of one shard where that is one request.
         """
         rows = np.asarray(view_ids, dtype=np.int64)
         flat = [_bytes_of(out[a.name], a, len(rows)) for a in self.teacher.arrays]
-        sums = np.zeros((len(flat), len(rows)), np.uint32)
         asked = rows.tolist()
-        if any(s.by_shard for s in self._shards):
-            slots = np.argsort(rows // self._store.shard_views, kind="stable")
-            cuts = np.flatnonzero(np.diff(rows[slots] // self._store.shard_views)) + 1
-            units = [part.tolist() for part in np.split(slots, cuts)] if len(rows) else []
-            units.sort()  # by the first view's place in the batch
-        else:
-            units = [[slot] for slot in range(len(rows))]
-        return [partial(self._read, unit, asked, flat, sums) for unit in units], partial(self._check, rows, sums)
+        units = [[slot] for slot in range(len(asked))]
+        if self._by_shard:
+            units = _grouped([row // self._store.shard_views for row in asked])
+        return [
+            partial(self._read, [asked[slot] for slot in unit], [[f[slot] for slot in unit] for f in flat])
+            for unit in units
+        ]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -145,37 +145,30 @@ class FeatureReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read(self, slots: Sequence[int], asked: Sequence[int], flat: Sequence[np.ndarray], sums: np.ndarray) -> None:
-        """Reads these slots of a batch, all of one shard or all one; `sums` gets the crc32c per array and slot."""
-        rows = [asked[slot] for slot in slots]
+    def _read(self, rows: Sequence[int], outs: Sequence[Sequence[np.ndarray]]) -> None:
+        """Reads these views, all of one shard or a single one, into the bytes `outs` per array and view."""
         for row in rows:
             if not self._done[row]:
                 raise StoreIncomplete(
                     f"features for {self.teacher.name!r} in {self._store.path} lack view {self._store.describe(row)}; "
                     "finish them with the rsmtdf cache-features command that the store was made by"
                 )
-        for k, (shards, target) in enumerate(zip(self._shards, flat, strict=True)):
+        totals: list[int] | None = None
+        for shards, appending, targets in zip(self._shards, self._appending, outs, strict=True):
             try:
-                sums[k, slots] = shards.read(rows, [target[slot] for slot in slots], verify=self._verify)
+                sums = shards.read(rows, targets, verify=self._verify)
             except ShardDamage as damage:
                 row = rows[damage.place]
                 raise self._corrupt(row, shards.file(row), str(damage)) from damage
             except ShardUnreachable as error:
                 raise self._unreachable(shards.file(rows[0]), f"view {self._named(rows[0])}", str(error)) from error
-
-    def _check(self, rows: np.ndarray, sums: np.ndarray) -> None:
-        """Compares what was read with the status words, which sum a view's arrays one after another."""
-        total = sums[0]
-        for part, appending in zip(sums[1:], self._appending, strict=True):
-            total = appending(total, part)
-        expected = self._crcs[rows]
-        if (total == expected).all():
-            return
-        place = int(np.flatnonzero(total != expected)[0])
-        row = int(rows[place])
-        status = self.teacher.status.chunk_file(row // self._store.shard_views)
-        what = f"checksum is {total[place]:08x}, the status word says {expected[place]:08x} ({status})"
-        raise self._corrupt(row, self._shards[0].file(row), what)
+            # The status word sums a view's arrays one after another.
+            totals = sums if totals is None else [appending(a, b) for a, b in zip(totals, sums, strict=True)]
+        for row, total in zip(rows, totals or [], strict=True):
+            if total != self._crcs[row]:
+                status = self.teacher.status.chunk_file(row // self._store.shard_views)
+                what = f"checksum is {total:08x}, the status word says {self._crcs[row]:08x} ({status})"
+                raise self._corrupt(row, self._shards[0].file(row), what)
 
     def _open(self, array: EncodedArray, ahead: np.ndarray | None, *, force_zarr: bool) -> Shards:
         """The way to the array's views that suits its place and layout."""
@@ -236,3 +229,11 @@ def _bytes_of(values: np.ndarray, array: EncodedArray, views: int) -> np.ndarray
             f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous"
         )
     return values.view(np.uint8).reshape(views, array.view_bytes) if views else np.empty((0, 0), np.uint8)
+
+
+def _grouped(keys: Sequence[int]) -> list[list[int]]:
+    """The places of equal keys, groups and places in the order of their coming."""
+    groups: dict[int, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())

@@ -321,14 +321,18 @@ def _read_index(shard: OpenShard, views: int) -> np.ndarray:
 
 def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
     """`preadv` until every buffer is full; network file systems may return less at a time."""
-    while buffers:
+    left = sum(map(len, buffers))
+    while left:
         try:
             n = os.preadv(fd, buffers, offset)
         except OSError as error:
             raise trouble(error, "reading failed") from error
+        if n == left:
+            return
         if n == 0:
             raise ShardDamage("the shard file is cut short")
         offset += n
+        left -= n
         while buffers and n >= len(buffers[0]):
             n -= len(buffers.pop(0))
         if buffers:

@@ -114,7 +114,23 @@ def test_online_resumes_online(tiny: Any, tmp_path: Path, say: Say) -> None:
 def test_what_changes_no_weight_may_differ(tiny: Any, tmp_path: Path, say: Say) -> None:
     run(tiny, tmp_path / "whole", say)
     interrupted(tiny, tmp_path / "cut", say)
-    run(tiny, tmp_path / "cut", say, resume=True, overrides=["train.workers=3", "cache.batch=5"])
+    run(
+        tiny,
+        tmp_path / "cut",
+        say,
+        resume=True,
+        overrides=["train.workers=3", "cache.batch=5", "train.feature_threads=2"],
+    )
+    assert last_bits(tmp_path / "whole") == last_bits(tmp_path / "cut")
+
+
+def test_a_shuffle_by_windows_of_shards_resumes(tiny: Any, tmp_path: Path, say: Say) -> None:
+    window = ["train.shuffle_window=1"]
+    run(tiny, tmp_path / "whole", say, overrides=window)
+    interrupted(tiny, tmp_path / "cut", say, overrides=window)
+    with pytest.raises(ConfigError, match=r"train.shuffle_window: the run has 1, now 2"):
+        run(tiny, tmp_path / "cut", say, resume=True, overrides=["train.shuffle_window=2"])
+    run(tiny, tmp_path / "cut", say, resume=True)
     assert last_bits(tmp_path / "whole") == last_bits(tmp_path / "cut")
 
 

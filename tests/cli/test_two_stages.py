@@ -115,7 +115,8 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(tiny: Any, tmp_pat
 
 def test_workers_change_no_bit(tiny: Any, tmp_path: Path, say: Say) -> None:
     for workers in (1, 3):
-        run(tiny, tmp_path / f"w{workers}", say, overrides=[f"train.workers={workers}", "train.steps=4"])
+        threads = [f"train.workers={workers}", f"train.feature_threads={workers}"]
+        run(tiny, tmp_path / f"w{workers}", say, overrides=[*threads, "train.steps=4"])
     one, three = ((tmp_path / f"w{w}/checkpoints/last.safetensors").read_bytes() for w in (1, 3))
     assert one == three
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import zarr
 
 from rsmtdf.store.arrays import array_metadata, write_metadata
-from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, shard_name, write_shard_file
+from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, ShardUnreachable, shard_name, write_shard_file
 
 SHAPE = (3, 4)
 BYTES = 24
@@ -146,3 +148,36 @@ def test_an_error_while_writing_leaves_the_old_shard(node):
         write_shard_file(file, [view(9), Broken(), None, None])  # type: ignore[list-item]
     assert file.read_bytes() == before
     assert not list(node.glob("*.partial"))
+
+
+def test_short_reads_are_gone_on_with(node, monkeypatch):
+    """Network file systems may return less at a time."""
+    preadv = os.preadv
+
+    def little(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(fd, [memoryview(buffers[0])[:5]], offset)
+
+    monkeypatch.setattr(os, "preadv", little)
+    np.testing.assert_array_equal(read(reader(node), 3), view(3))
+
+
+@pytest.mark.parametrize(("code", "damage"), [("EIO", True), ("ESTALE", False), ("ENOTCONN", False), ("EACCES", False)])
+def test_what_the_system_says_is_damage_or_not(node, monkeypatch, code, damage):
+    source = reader(node)
+    read(source, 0)
+
+    def fail(*args: object) -> int:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ShardDamage if damage else ShardUnreachable, match="reading failed"):
+        read(source, 0)
+
+
+def test_a_replaced_file_is_read_by_its_own_index(node):
+    files = OpenShards(max_open=1)
+    source = reader(node, files)
+    read(source, 0)
+    read(source, 4)  # closes the first
+    write_shard_file(node / shard_name(0, 3), [view(9), view(8), view(7), view(6)])
+    np.testing.assert_array_equal(read(source, 2), view(7))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import threading
@@ -166,3 +167,11 @@ def test_no_descriptors_left_is_no_damage(store):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert not isinstance(caught.value, StoreCorrupt)
         reader.get_many([0])
+
+
+def test_a_system_without_preadv(kit, store, monkeypatch):
+    rows = kit.rows(store)
+    monkeypatch.delattr(os, "preadv")
+    with CachedFeatures(store, ["t"], device="cpu") as source:
+        assert torch.equal(source.fetch(rows)["t"], expected(kit, rows))
+        assert torch.equal(torch.cat([f["t"] for f in source.stream(np.split(rows, 6))]), expected(kit, rows))
