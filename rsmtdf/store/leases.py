@@ -58,14 +58,15 @@ class ObjectLocks:
         self,
         *,
         store: ObjectPath,
+        folder: ObjectPath,
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = elapsed_s,
     ) -> None:
-        """Args: `clock` counts seconds from any moment on."""
+        """Args: `folder` is where the locks' objects are; `clock` counts seconds from any moment on."""
         self._store = store
         # A request must not outlast the lease, so each gives up early and is made again here.
         bucket = dataclasses.replace(store.bucket, retry_s=min(store.bucket.retry_s, lease_s / 4))
-        self._folder = ObjectPath(bucket, store.key) / "provenance"
+        self._folder = ObjectPath(bucket, folder.key)
         self._lease_s = lease_s
         self._clock = clock
         self._watch = Watch(lease_s=lease_s, clock=clock)

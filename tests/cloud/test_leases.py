@@ -22,7 +22,7 @@ import sys
 from rsmtdf.objects import store_path
 from rsmtdf.store.leases import ObjectLocks
 store = store_path(sys.argv[1], retry_s=3)
-locks = ObjectLocks(store=store, lease_s=float(sys.argv[2]))
+locks = ObjectLocks(store=store, folder=store / "provenance", lease_s=float(sys.argv[2]))
 with locks.claim(range(3, 6)), locks.mutex(timeout_s=0):
     print("ready", flush=True)
     sys.stdin.readline()
@@ -41,7 +41,7 @@ class FakeClock:
 
 def make(place: ObjectPath, clock: FakeClock | None = None) -> ObjectLocks:
     clock = clock or FakeClock(0)
-    return ObjectLocks(store=place, lease_s=LEASE_S, clock=clock)
+    return ObjectLocks(store=place, folder=place / "provenance", lease_s=LEASE_S, clock=clock)
 
 
 @pytest.fixture
