@@ -20,6 +20,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -170,6 +173,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def fixtures_of(name: str) -> ModuleType:
+    """Another folder's conftest.py, for its makers of stores and worlds."""
+    file = Path(__file__).parents[1] / name / "conftest.py"
+    spec = importlib.util.spec_from_file_location(f"conftest_of_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def kit() -> Any:
+    """Small stores with known contents."""
+    return fixtures_of("store").Kit()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny world and experiment, with a store of its features on the disk. Read-only."""
+    cli = fixtures_of("cli")
+    tiny = cli.Tiny(tmp_path_factory.mktemp("tiny"))
+    cli.write_world(tiny.folder / "data", tile_px=64, train=5, val=2, test=2, seed=0, scene_px=160)
+    tiny.config.write_text(cli.yaml.safe_dump(cli.TINY))
+    tiny.cache()
+    return tiny
 
 
 @pytest.fixture(scope="session")
