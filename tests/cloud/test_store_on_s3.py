@@ -91,6 +91,21 @@ class TestStore:
             cached.fetch(rows)
 
 
+class TestWeb:
+    def test_a_store_behind_a_plain_web_server_is_read(self, kit, tmp_path, serve):
+        kit.full(tmp_path / "feats.zarr").seal()
+        store = FeatureStore.open(serve(tmp_path) / "feats.zarr")
+        check(store, kit)
+        assert store.usable(["t"]).sum() == store.n_views
+
+    def test_it_is_not_written(self, kit, tmp_path, serve):
+        store = kit.full(tmp_path / "feats.zarr")
+        web = FeatureStore.open(serve(tmp_path) / "feats.zarr", writable=True)
+        with pytest.raises(StoreError, match="for reading only"):
+            kit.write(web, 0)
+        check(store, kit)
+
+
 class TestDamage:
     @pytest.mark.parametrize("where", ["payload", "index", "status", "view status"])
     def test_a_flipped_bit_is_found_and_named(self, place, kit, where):
@@ -130,7 +145,7 @@ class TestWriters:
         kit.add_teacher(one)
         other = FeatureStore.open(place, writable=True)
         with one.claim([0, 1]):
-            with pytest.raises(StoreError, match="shard 1 of .* already claimed by process"), other.claim([1]):
+            with pytest.raises(StoreError, match=r"shard 1 of .* already claimed by process"), other.claim([1]):
                 pass
             with pytest.raises(StoreError, match="cannot extend"):
                 other.extend([kit.strong()])
