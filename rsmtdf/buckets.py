@@ -128,7 +128,7 @@ class Bucket:
         # As configuration and not as client options, which would discard the environment's AWS_ALLOW_HTTP and proxies.
         limits: dict[str, Any] = {
             "connect_timeout": "5 seconds",
-            "read_timeout": f"{round(1000 * min(SILENCE_S, self.retry_s))} ms",
+            "read_timeout": f"{round(1000 * min(SILENCE_S, max(self.retry_s / 2, 1)))} ms",
             "timeout": "10 minutes",
         }
         given: dict[str, Any] = {"config": limits, "retry_config": retry, **({"prefix": prefix} if prefix else {})}

@@ -134,6 +134,7 @@ class ObjectLocks:
     def _claimed(
         self, wanted: list[tuple[int, int]] | None, refusal: Callable[[tuple[int, int] | None, str], str]
     ) -> Iterator[None]:
+        self._require_writable()
         while True:
             blocking = self._blocking(wanted)
             alive = [self._is_alive(claim) for _, claim in blocking]
@@ -197,8 +198,8 @@ class ObjectLocks:
         return True if claim.path.key in self._held else self._watch.is_alive(claim.path.key, claim.version)
 
     def _take_mutex(self, name: str, timeout_s: float) -> Lease:
-        path = self._folder / f"{name}.json"
-        lease = self._lease(path)
+        self._require_writable()
+        lease = self._lease(self._folder / f"{name}.json")
         start, pause = self._clock(), self._lease_s / 500
         told = name != "mutex"  # the other one is never held for long
         while True:
@@ -266,6 +267,13 @@ class ObjectLocks:
                     f"cannot lock feature store {self._store}: {error.strerror} ({error.filename}); check the "
                     "address, the credentials and their rights to write and to list, and run the same command again"
                 ) from error
+
+    def _require_writable(self) -> None:
+        if self._store.bucket.is_web:
+            raise StoreError(
+                f"feature store {self._store} is behind a web server, which is for reading only; "
+                "change it where it lies, by its s3://, gs:// or az:// address"
+            )
 
     def _require_conditions(self, lease: Lease) -> None:
         """Makes sure, once, that the server honours conditions: one that ignores them would let everybody in."""

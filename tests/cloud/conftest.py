@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import http.client
 import importlib.util
+import os
 import random
 import socket
 import subprocess
@@ -18,8 +19,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -172,6 +177,33 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def fixtures_of(name: str) -> ModuleType:
+    """Another folder's conftest.py, for its makers of stores and worlds."""
+    file = Path(__file__).parents[1] / name / "conftest.py"
+    spec = importlib.util.spec_from_file_location(f"conftest_of_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def kit() -> Any:
+    """Small stores with known contents."""
+    return fixtures_of("store").Kit()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny world and experiment, with a store of its features on the disk. Read-only."""
+    cli = fixtures_of("cli")
+    tiny = cli.Tiny(tmp_path_factory.mktemp("tiny"))
+    cli.write_world(tiny.folder / "data", tile_px=64, train=5, val=2, test=2, seed=0, scene_px=160)
+    tiny.config.write_text(cli.yaml.safe_dump(cli.TINY))
+    tiny.cache()
+    return tiny
+
+
 @pytest.fixture(scope="session")
 def proxy() -> Iterator[Proxy]:
     for package in ("moto", "flask", "obstore"):
@@ -227,7 +259,55 @@ def bucket(proxy, faults, monkeypatch) -> str:
 
 @pytest.fixture
 def place(bucket) -> ObjectPath:
-    """A path in the bucket whose requests give up after three seconds."""
-    path = store_path(f"{bucket}/folder/feats.zarr", retry_s=3)
+    """A path in the bucket whose requests give up after six seconds, and after three of silence."""
+    path = store_path(f"{bucket}/folder/feats.zarr", retry_s=6)
     assert isinstance(path, ObjectPath)
     return path
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """A plain web server with byte ranges, as most have."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.translate_path(self.path)
+        if not os.path.isfile(path):  # noqa: PTH113
+            self.send_error(404)
+            return
+        with open(path, "rb") as file:  # noqa: PTH123
+            data = file.read()
+        wanted = self.headers.get("Range", "").removeprefix("bytes=")
+        start, stop = 0, len(data)
+        if wanted:
+            first, _, last = wanted.partition("-")
+            start = int(first) if first else max(0, len(data) - int(last))
+            stop = min(len(data), int(last) + 1) if first and last else len(data)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Last-Modified", self.date_time_string(0))
+        self.end_headers()
+        self.wfile.write(data[start:stop])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(proxy) -> Iterator[Callable[[Path], ObjectPath]]:
+    """Serves a folder as a plain web server does; its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path) -> ObjectPath:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(folder)))
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            path = store_path(f"http://127.0.0.1:{server.server_port}", retry_s=2)
+            assert isinstance(path, ObjectPath)
+            return path
+
+        yield start
