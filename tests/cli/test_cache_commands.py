@@ -258,6 +258,18 @@ def test_rm_of_what_is_not_there(tiny: Any, command: Run) -> None:
     assert "--stream odd" in command("cache", "rm", tiny.store, "--seed", "0", "--stream", "odd").err
 
 
+def test_the_same_rm_again(tiny: Any, command: Run) -> None:
+    """It clears what a kill left on disk; where there is nothing, it says that the seed is not there."""
+    copy = tiny.folder / "copy.zarr"
+    shutil.copytree(tiny.store, copy)
+    assert command("cache", "rm", tiny.store, "--seed", "1", "--yes").code == 0
+    (gone, *_) = [f for f in copy.rglob("c.*.0") if not (tiny.store / f.relative_to(copy)).exists()]
+    shutil.copy(gone, tiny.store / gone.relative_to(copy))
+    said = command("cache", "rm", tiny.store, "--seed", "1")
+    assert (said.code, "removed    what an earlier removal left" in said.out) == (0, True)
+    assert command("cache", "rm", tiny.store, "--seed", "1").code == 2
+
+
 def test_litter_of_a_removal_that_was_cut_short_is_cleared_by_stage_one(tiny: Any, command: Run) -> None:
     copy = tiny.folder / "copy.zarr"
     shutil.copytree(tiny.store, copy)
