@@ -182,7 +182,8 @@ def run_cache(
         data_root=str(job.workspace.dataset.root.resolve()),
         experiment=_record(job),
     )
-    reclaim(store, stop=stop)
+    if (cleared := reclaim(store, stop=stop)) and cleared.left:
+        log.warning("views that were removed still take up disk: %s", "; ".join(cleared.left))
     amounts = job.plan.amounts
     stage.grow_store(
         store,

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rsmtdf.cli.terminal import Bar
-from rsmtdf.errors import ConfigError
+
 from rsmtdf.objects import StorePath
+from rsmtdf.errors import ConfigError, StoreIncomplete
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import STREAMS, Stream
 from rsmtdf.store.merge import MergeReport, merge
@@ -59,18 +60,23 @@ def merge_stores(
 
 
 def removal_plan(
-    path: StorePath, *, teacher: str | None, seed: int | None, stream: str, generation: int | None
-) -> tuple[dict[str, Any], str]:
-    """What a removal would take away.
+    path: StorePath, *, teacher: str | None, seed: int | None, stream: str, generation: int | None, dry_run: bool
+) -> tuple[dict[str, Any], str] | None:
+    """What a removal would take away; None where it is gone already, and perhaps only its disk is not free yet.
 
     Raises:
+        StoreIncomplete: likewise, for a dry run.
         ConfigError: neither or both of a teacher and a seed are asked for, or no such stream.
     """
     if (teacher is None) == (seed is None):
         raise ConfigError("give what to remove: either --teacher NAME or --seed N")
-    plan = plan_removal(
-        FeatureStore.open(path), teacher=teacher, seed=seed, stream=_stream(stream), generation=generation
-    )
+    store, of = FeatureStore.open(path), _stream(stream)
+    try:
+        plan = plan_removal(store, teacher=teacher, seed=seed, stream=of, generation=generation)
+    except StoreIncomplete:
+        if dry_run:
+            raise
+        return None
     runs = "runs that used its features" if teacher is not None else "runs that used these views"
     text = (
         f"remove     {plan.what} from {path}: {plan.views:,} views, about {plan.bytes / 1e9:.2f} GB; {plan.remaining}\n"

@@ -109,14 +109,15 @@ def cache_rm(
     from rsmtdf.cli.store_changes import removal_plan, remove_from_store
     from rsmtdf.signals import stop_flag
 
-    plan, text = removal_plan(store, teacher=teacher, seed=seed, stream=stream, generation=generation)
-    if dry_run:
-        show(plan, as_json=as_json, text=text)
+    plan = removal_plan(store, teacher=teacher, seed=seed, stream=stream, generation=generation, dry_run=dry_run)
+    if plan and dry_run:
+        show(plan[0], as_json=as_json, text=plan[1])
         return
-    say(text)
-    if not (yes or confirmed("remove it?", instead="--yes")):
-        say("nothing was removed")
-        return
+    if plan:
+        say(plan[1])
+        if not (yes or confirmed("remove it?", instead="--yes")):
+            say("nothing was removed")
+            return
     with stop_flag() as stop:
         result, text = remove_from_store(
             store, teacher=teacher, seed=seed, stream=stream, generation=generation, stop=stop

@@ -102,13 +102,38 @@ def merge(
     if dry_run:
         _survey(a, b, _checked(a, b, recode), report)
         return report
+    try:
+        _carry_out(a, b, report, recode, experiment, threads, stop, progress, on_step)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"feature store {path} cannot be written: {error.strerror} ({error.filename}); what was merged so far is "
+            "whole. Free space or fix the disk, then run the same command again: it goes on from here"
+        ) from error
+    report.lacking = {name: n for name in a.teachers if (n := a.pending_views([name]))}
+    report.seconds = time.perf_counter() - begun
+    return report
+
+
+def _carry_out(
+    a: FeatureStore,
+    b: FeatureStore,
+    report: MergeReport,
+    recode: bool,
+    experiment: Mapping[str, Any] | None,
+    threads: int,
+    stop: StopFlag,
+    progress: Callable[[int, int], None],
+    on_step: Step,
+) -> None:
     with contextlib.ExitStack() as owned:
         with a.locked():
             a.refresh()
             with a.claims.all_shards(purpose="merge into"):
                 plan = _checked(a, b, recode)
                 _survey(a, b, plan, report)
-                require_space(path, report.bytes)
+                require_space(a.path, report.bytes)
             added = a.extend(plan.segments, on_step=on_step)
             for name in plan.teachers:
                 _add_teacher(a, b.teacher(name))
@@ -122,14 +147,11 @@ def merge(
         done, total = 0, sum(job.n_views for job in jobs)
         for job in jobs:
             with job:
-                for views in in_parallel(job.copy, job.shards, threads, stop, path):
+                for views in in_parallel(job.copy, job.shards, threads, stop, a.path):
                     done += views
                     progress(done, total)
                     on_step("shard")
     a.seal()
-    report.lacking = {name: n for name in a.teachers if (n := a.pending_views([name]))}
-    report.seconds = time.perf_counter() - begun
-    return report
 
 
 def _checked(a: FeatureStore, b: FeatureStore, recode: bool) -> MergePlan:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CLIP_STDS = 4.0
+CLIP_STDS = 3.0
 PERCENTILES = (1, 99)
 CELL_PX, GAP_PX, HEAD_PX = 296, 12, 46
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
@@ -32,8 +32,10 @@ def pca_rgb(features: np.ndarray) -> np.ndarray:
     """uint8 [views, gh, gw, 3] of features [views, gh, gw, dim]: components 1 to 3 over all tokens of all views."""
     shape, dim = features.shape[:3], features.shape[3]
     x = features.reshape(-1, dim).astype(np.float64)
-    x -= x.mean(axis=0)
-    x = np.clip(x / np.maximum(x.std(axis=0), 1e-6), -CLIP_STDS, CLIP_STDS)
+    # By percentiles: a single artefact token would inflate every channel's mean and deviation.
+    low, middle, high = np.percentile(x, (16, 50, 84), axis=0)
+    spread = (high - low) / 2
+    x = np.clip((x - middle) / np.maximum(spread, max(1e-3 * np.median(spread), 1e-9)), -CLIP_STDS, CLIP_STDS)
     x -= x.mean(axis=0)
     _, vectors = np.linalg.eigh(x.T @ x)
     axes = vectors[:, ::-1][:, :3]

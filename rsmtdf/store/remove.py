@@ -124,24 +124,44 @@ def remove(
         on_step: for tests that end it half-way.
 
     Raises:
-        StoreIncomplete: there is no such teacher, or no view of that seed.
+        StoreIncomplete: there is no such teacher, or no view of that seed, nor anything on disk that an earlier
+            removal left there.
         StoreError: somebody is writing to it, or it cannot be written.
         Interrupted: a signal came; the removal itself stands.
     """
     store = FeatureStore.open(path, writable=True)
-    with store.locked(), store.claims.all_shards(purpose="remove from"):
-        store.refresh()
-        report = plan_removal(store, teacher=teacher, seed=seed, stream=stream, generation=generation)
-        for status in _statuses(store):
-            status.sealed_ranges()  # what is damaged shall stop this before the first change, not after it
-        if seed is None:
-            store.shrink(without_teacher=teacher, experiment=experiment)
-        else:
-            store.shrink(segments=_cut(store, stream, seed, generation)[1], experiment=experiment)
-        on_step("manifest")
-        report.bytes = 0
-        _clear(store, report, stop, progress, on_step)
-    store.seal()
+    is_done = False
+    try:
+        with store.locked(), store.claims.all_shards(purpose="remove from"):
+            store.refresh()
+            for status in _statuses(store):
+                status.sealed_ranges()  # what is damaged shall stop this before the first change, not after it
+            try:
+                report = plan_removal(store, teacher=teacher, seed=seed, stream=stream, generation=generation)
+            except StoreIncomplete:
+                # Perhaps it was removed by a call that was cut short.
+                report = _nothing_more(store)
+                _clear(store, report, stop, progress, on_step)
+                if not (report.bytes or report.left):
+                    raise
+                return report
+            if seed is None:
+                store.shrink(without_teacher=teacher, experiment=experiment)
+            else:
+                store.shrink(segments=_cut(store, stream, seed, generation)[1], experiment=experiment)
+            is_done = True
+            on_step("manifest")
+            report.bytes = 0
+            _clear(store, report, stop, progress, on_step)
+        _seal(store, report)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        state = "what was asked for is removed, but its disk is not all free" if is_done else "nothing was removed"
+        raise StoreError(
+            f"feature store {path} cannot be changed: {error.strerror} ({error.filename}); {state}. "
+            "Fix the disk or its permissions, then run the same command again"
+        ) from error
     return report
 
 
@@ -155,9 +175,21 @@ def reclaim(
             stack.enter_context(store.claims.all_shards(purpose="clear"))
         except StoreError:
             return None
-        report = RemovalReport(store=store.path, what="what was removed before", views=0, bytes=0, remaining="")
+        report = _nothing_more(store)
         _clear(store, report, stop, progress, lambda step: None)
     return report
+
+
+def _nothing_more(store: FeatureStore) -> RemovalReport:
+    """The report of clearing alone."""
+    return RemovalReport(store=store.path, what="what an earlier removal left", views=0, bytes=0, remaining="cleared")
+
+
+def _seal(store: FeatureStore, report: RemovalReport) -> None:
+    try:
+        store.seal()
+    except StoreCorrupt as error:  # in shards that have nothing to do with it
+        report.left.append(f"the store could not be sealed again: {error}")
 
 
 def _cut(store: FeatureStore, stream: Stream, seed: int, generation: int | None) -> tuple[list[Segment], list[Segment]]:

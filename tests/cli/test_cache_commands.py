@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rsmtdf.cli.training import TrainOptions, train_run
 from rsmtdf.errors import CheckpointError, StoreIncomplete
@@ -257,6 +258,18 @@ def test_rm_of_what_is_not_there(tiny: Any, command: Run) -> None:
     assert "--stream odd" in command("cache", "rm", tiny.store, "--seed", "0", "--stream", "odd").err
 
 
+def test_the_same_rm_again(tiny: Any, command: Run) -> None:
+    """It clears what a kill left on disk; where there is nothing, it says that the seed is not there."""
+    copy = tiny.folder / "copy.zarr"
+    shutil.copytree(tiny.store, copy)
+    assert command("cache", "rm", tiny.store, "--seed", "1", "--yes").code == 0
+    (gone, *_) = [f for f in copy.rglob("c.*.0") if not (tiny.store / f.relative_to(copy)).exists()]
+    shutil.copy(gone, tiny.store / gone.relative_to(copy))
+    said = command("cache", "rm", tiny.store, "--seed", "1")
+    assert (said.code, "removed    what an earlier removal left" in said.out) == (0, True)
+    assert command("cache", "rm", tiny.store, "--seed", "1").code == 2
+
+
 def test_litter_of_a_removal_that_was_cut_short_is_cleared_by_stage_one(tiny: Any, command: Run) -> None:
     copy = tiny.folder / "copy.zarr"
     shutil.copytree(tiny.store, copy)
@@ -268,3 +281,47 @@ def test_litter_of_a_removal_that_was_cut_short_is_cleared_by_stage_one(tiny: An
     said = cache(command, tiny, tiny.store, "--codec", "fp16", "--seeds", "1")
     assert said.code == 0, said.err
     assert not any((tiny.store / file).exists() for file in gone)
+
+
+def test_info_shows_what_is_there_and_what_finishes_it(tiny: Any, command: Run) -> None:
+    said = command("cache", "info", tiny.store)
+    assert said.code == 0, said.err
+    table = [line.split() for line in said.out.splitlines()]
+    assert ["stream", "seeds", "views", "dense", "coarse"] in table
+    assert ["strong", "0-1", "40", "complete", "complete"] in table
+    assert ["weak", "0-4", "30", "complete", "complete"] in table
+    assert "; sealed" in said.out
+    FeatureStore.open(tiny.store, writable=True).withdraw(0, "dense")
+    command("cache", "rm", tiny.store, "--seed", "1", "--yes")
+    said = command("cache", "info", tiny.store)
+    assert "INCOMPLETE" in said.out
+    assert f"--out {tiny.store}: it computes" in said.out
+    assert "20 removed; not sealed" in said.out
+    found = json.loads(command("cache", "info", tiny.store, "--json").out)
+    assert {"views", "complete", "bytes_per_view", "identity"} <= found.keys()
+    assert found["bytes_per_view"] == {n: t["bytes_per_view"] for n, t in found["teachers"].items()}
+
+
+def test_info_draws_features_beside_their_views(tiny: Any, command: Run) -> None:
+    said = command("cache", "info", tiny.store, "--png", "a.png", "--views", "2")
+    assert said.code == 0, said.err
+    assert "picture    a.png: 2 views\n" in said.err
+    with Image.open("a.png") as image:
+        width, height = image.size
+    assert command("cache", "info", tiny.store, "--png", "b.png", "--views", "2").code == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    shutil.rmtree(tiny.folder / "data")
+    said = command("cache", "info", tiny.store, "--png", "c.png", "--views", "2")
+    assert said.code == 0, said.err
+    assert "features alone, because the images are not at hand" in said.err
+    with Image.open("c.png") as image:
+        assert image.size[0] < width
+        assert image.size[1] == height
+    said = command("cache", "info", tiny.store, "--png", "no/such/folder.png")
+    assert said.code == 2
+    assert "cannot write no/such/folder.png" in said.err
+    for name in ("dense", "coarse"):
+        command("cache", "rm", tiny.store, "--teacher", name, "--yes")
+    said = command("cache", "info", tiny.store, "--png", "d.png")
+    assert said.code == 2
+    assert "no view that is done" in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import shutil
 import zlib
 
@@ -441,3 +442,22 @@ def test_a_kill_at_any_step(kit, tmp_path, sealed):
         if next(steps) <= last:
             break
     assert last > 10
+
+
+@pytest.mark.parametrize("calls", [0, 3, 8, 15, 22, 30])
+def test_a_disk_that_fails_after_any_number_of_writes(kit, path, other, monkeypatch, calls):
+    make(kit, path, [kit.weak(3)])
+    make(kit, other, [kit.weak(3), kit.strong(5, seed=1)], teachers=["t", "u"])
+    replace, count = os.replace, itertools.count()
+
+    def failing(*args, **kwargs):
+        if next(count) >= calls:
+            raise OSError(28, "No space left on device")
+        return replace(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="No space left on device"):
+        patched.setattr(os, "replace", failing)
+        run(path, other)
+    check(kit, path)
+    run(path, other)
+    assert check(kit, path).info()["complete"]

@@ -306,10 +306,47 @@ def test_a_fault_before_the_manifest_changes_nothing(kit, path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="Read-only"):
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="nothing was removed"):
         patched.setattr(os, "replace", refuse)
         rm(path, seed=1)
     assert check(kit, path).rows(stream="strong", seed=1).size == 5
+
+
+@pytest.mark.parametrize("what", [{"teacher": "u"}, {"seed": 1}, {"seed": 1, "stream": "weak"}], ids=str)
+def test_the_same_removal_again_clears_what_a_kill_left(kit, path, what):
+    two_teachers(kit, path)
+
+    def on_step(name):
+        raise Killed(name)
+
+    with pytest.raises(Killed, match="manifest"):
+        remove(path, stop=StopFlag(), on_step=on_step, **what)
+    assert litter(path)
+    assert rm(path, **what).bytes > 0
+    assert litter(path) == []
+    check(kit, path, teachers=["t"] if "teacher" in what else ["t", "u"])
+    with pytest.raises(StoreIncomplete):
+        rm(path, **what)
+
+
+@pytest.mark.parametrize("calls", range(1, 9))
+def test_a_disk_that_fails_after_any_number_of_writes(kit, path, monkeypatch, calls):
+    """Replacing files fails from the nth time on: what stays is right, and said."""
+    two_teachers(kit, path)
+    replace, count = os.replace, itertools.count()
+
+    def failing(*args, **kwargs):
+        if next(count) >= calls:
+            raise OSError(28, "No space left on device")
+        return replace(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="is removed, but its disk is not all free"):
+        patched.setattr(os, "replace", failing)
+        rm(path, seed=1, stream="weak")
+    check(kit, path)
+    reclaim(FeatureStore.open(path, writable=True), stop=StopFlag())
+    check(kit, path)
+    assert litter(path) == []
 
 
 def test_a_teacher_added_again_never_meets_the_old_ones_shards(kit, path):
