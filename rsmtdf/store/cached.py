@@ -122,7 +122,7 @@ class CachedFeatures:
             StoreCorrupt: a view is damaged or missing.
             StoreError: a view cannot be read now; nothing is known to be wrong with it.
         """
-        return self._end(self._begin(rows, helpers=self._threads - 1))
+        return self._end(self._begin(rows, helpers=self._threads - 1, then=_later))
 
     def stream(self, batches: Iterable[np.ndarray], *, ahead: int = 2) -> Iterator[Targets]:
         """What `fetch` gives for each batch of rows, in order, with the next ones being read meanwhile.
@@ -135,10 +135,12 @@ class CachedFeatures:
             batches: rows; taken from it `ahead` batches early.
             ahead: batches being read besides the one in hand.
         """
+        # On the CPU, where it takes time, decoding is done ahead as well.
+        then = self._decoded if self._device.type == "cpu" else _later
         begun: deque[_Batch] = deque()
         try:
             for rows in batches:
-                begun.append(self._begin(rows, helpers=self._threads))
+                begun.append(self._begin(rows, helpers=self._threads, then=then))
                 if len(begun) > ahead:
                     yield self._end(begun.popleft())
             while begun:
@@ -161,15 +163,15 @@ class CachedFeatures:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _begin(self, rows: np.ndarray, *, helpers: int) -> _Batch:
-        """Has a batch read by `helpers` threads of the pool."""
+    def _begin(
+        self, rows: np.ndarray, *, helpers: int, then: Callable[[Mapping[str, _Buffer], int], Targets | None]
+    ) -> _Batch:
+        """Has a batch read by `helpers` threads of the pool, `then` what is done with its buffers."""
         buffers: dict[str, _Buffer] = {}
         pieces: list[Callable[[], None]] = []
         for name, reader in self._readers.items():
             buffers[name] = self._buffers.take(len(rows), reader.teacher.arrays)
             pieces += reader.pieces(rows, buffers[name].host(len(rows)))
-        # On the CPU, where it takes time, decoding is done ahead as well.
-        then = self._decoded if self._device.type == "cpu" else _later
         work = WorkShare(pieces, then=partial(then, buffers, len(rows)))
         work.help(self._pool, helpers)
         return _Batch(work=work, buffers=buffers, views=len(rows))
@@ -190,7 +192,7 @@ class CachedFeatures:
 
 
 def _later(buffers: Mapping[str, _Buffer], views: int) -> None:
-    """Leaves decoding to whoever takes the batch: on an accelerator it is launched and not waited for."""
+    """Leaves decoding to whoever takes the batch. On an accelerator it is launched, and not waited for."""
 
 
 def _default_threads(path: object) -> int:

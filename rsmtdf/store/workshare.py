@@ -42,7 +42,7 @@ class WorkShare(Generic[T]):
         self._helpers += [pool.submit(self._work) for _ in range(min(threads, max(len(self._pieces), 1)))]
 
     def result(self) -> T:
-        """The outcome of all pieces; the calling thread lends a hand. No thread works on it any more afterwards.
+        """The outcome of all pieces, once; the calling thread lends a hand. No thread works on it any more afterwards.
 
         Raises:
             Exception: what the first failing piece raised.
@@ -56,7 +56,7 @@ class WorkShare(Generic[T]):
                 raise first
             finally:
                 del first
-        return self._outcome[0]
+        return self._outcome.pop()  # a pool holds cancelled helpers, and with them this, until a thread looks at them
 
     def cancel(self) -> None:
         """Begins no further piece, and waits for those begun."""
