@@ -103,6 +103,8 @@ def measure_codec(root: Path, views: Views, arguments: argparse.Namespace) -> di
         found["views_batch"] = table(seconds, READ_BATCH * views.view_bytes)
     say(f"{views.codec}: shuffled epochs")
     with open_epochs(root, views) as epochs:
+        if short := [name for name, epoch in epochs.items() if epoch(0) != len(views)]:
+            raise SystemExit(f"an epoch of {', '.join(short)} has not {len(views)} views")
         seconds = clock.interleaved(epochs, rounds=2 if arguments.quick else 7)
     found["epochs"] = table(seconds, len(views) * views.view_bytes)
     say(f"{views.codec}: cold reads")

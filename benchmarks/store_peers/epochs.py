@@ -47,13 +47,16 @@ _PRELOADED = ["torch", "h5py", "tensorstore", "webdataset", "zarr", "safetensors
 
 
 @contextlib.contextmanager
-def open_epochs(root: Path, views: Views) -> Iterator[dict[str, Callable[[int], object]]]:
-    """Label -> one epoch, by the number of its round. `root` has a folder per format."""
+def open_epochs(root: Path, views: Views) -> Iterator[dict[str, Callable[[int], int]]]:
+    """Label -> one epoch, by the number of its round; it returns how many views it gave.
+
+    `root` has a folder per format.
+    """
     # Plain fork would copy the threads' locks of libraries that this process has used: tensorstore aborts on it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with contextlib.ExitStack() as stack:
-        epochs: dict[str, Callable[[int], object]] = {}
+        epochs: dict[str, Callable[[int], int]] = {}
         buffers = views.buffers(min(BATCH, len(views)))
         for name in IN_PROCESS:
             reads = stack.enter_context(WAYS[name].open(root / WAYS[name].format, views))
@@ -88,7 +91,7 @@ class Items(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {name: torch.from_numpy(values) for name, values in self._reads.one(row, new).items()}
 
 
-def _in_process(reads: Reads, views: Views, buffers: Arrays) -> Callable[[int], object]:
+def _in_process(reads: Reads, views: Views, buffers: Arrays) -> Callable[[int], int]:
     def epoch(k: int) -> int:
         order = np.random.default_rng(k).permutation(len(views))
         for at in range(0, len(order), BATCH):
@@ -99,7 +102,7 @@ def _in_process(reads: Reads, views: Views, buffers: Arrays) -> Callable[[int], 
     return epoch
 
 
-def _dataloader(items: Any, context: Any, *, shuffle: bool | None) -> Callable[[int], object]:
+def _dataloader(items: Any, context: Any, *, shuffle: bool | None) -> Callable[[int], int]:
     loader = torch.utils.data.DataLoader(
         items,
         batch_size=BATCH,
