@@ -13,7 +13,7 @@ What can stand where a store's path is asked for, and what is read from the envi
   or the instance's account; GOOGLE_SKIP_SIGNATURE=true for public buckets.
 - `az://container/path`, `abfs://container@account.dfs.core.windows.net/path`: AZURE_STORAGE_ACCOUNT_NAME, and
   AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, or AZURE_CLIENT_ID, AZURE_CLIENT_SECRET, AZURE_TENANT_ID.
-- `https://host/path`: for reading only, and without lists: `names`, `walk` and `is_dir` fail.
+- `https://host/path`: for reading only, and without lists: `names` and `walk` fail.
 
 A request that meets a 5xx answer, a refused or cut connection or a stall is tried again, after 0.1 s at first and 5 s
 at most, until a minute has passed; a connection that is silent for 30 s has stalled. In the worst case, answers cut in
@@ -111,6 +111,19 @@ class ObjectPath:
     def parent(self) -> ObjectPath:
         return ObjectPath(self.bucket, self.key.rpartition("/")[0])
 
+    @property
+    def parents(self) -> tuple[ObjectPath, ...]:
+        """From the nearest to the bucket."""
+        return () if not self.key else (self.parent, *self.parent.parents)
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
     def with_name(self, name: str) -> ObjectPath:
         return self.parent / name
 
@@ -196,12 +209,12 @@ class ObjectPath:
         return True
 
     def is_dir(self) -> bool:
-        """Whether there is an object below it."""
-        return self._list(lambda client: next(self._below(client), None)) is not None
+        """Whether there is an object below it; never on web servers, which do not tell."""
+        return not self.bucket.is_web and self._list(lambda client: next(self._below(client), None)) is not None
 
     def exists(self) -> bool:
-        """Whether there is an object, or one below it; on web servers, which list nothing, an object."""
-        return self.is_file() or (not self.bucket.is_web and self.is_dir())
+        """Whether there is an object, or one below it."""
+        return self.is_file() or self.is_dir()
 
     def names(self) -> list[str]:
         """Names of the objects and prefixes right below it, sorted; none if there is nothing."""

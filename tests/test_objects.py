@@ -78,6 +78,8 @@ def test_paths_are_joined_and_taken_apart():
     assert (array.name, str(array.parent)) == ("codes", "s3://bucket/a/teachers/dino")
     assert array.with_name("features") == array.parent / "features"
     assert array.relative_to(root) == "teachers/dino/codes"
+    assert [str(path) for path in (root / "b").parents] == ["s3://bucket/a", "s3://bucket"]
+    assert ((root / "zarr.json").stem, (root / "zarr.json").suffix, (root / "c.1.0").stem) == ("zarr", ".json", "c.1")
     assert root.parent == store_path("s3://bucket") == root.parent.parent
     assert store_path("s3://bucket") / "a" == root
     for other in ("s3://bucket/ab", "s3://other/a", "gs://bucket/a"):

@@ -98,6 +98,10 @@ class TestWeb:
         check(store, kit)
         assert store.usable(["t"]).sum() == store.n_views
 
+    def test_nothing_there(self, tmp_path, serve):
+        with pytest.raises(StoreNotFound, match="http://"):
+            FeatureStore.open(serve(tmp_path) / "feats.zarr")
+
     def test_it_is_not_written(self, kit, tmp_path, serve):
         store = kit.full(tmp_path / "feats.zarr")
         web = FeatureStore.open(serve(tmp_path) / "feats.zarr", writable=True)
