@@ -95,19 +95,6 @@ class ObjectPath:
         return self.key.rpartition("/")[2]
 
     @property
-    def stem(self) -> str:
-        return PurePosixPath(self.name).stem
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.name).suffix
-
-    @property
-    def parents(self) -> list[ObjectPath]:
-        """Every prefix it lies below, the nearest first."""
-        return [] if not self.key else [self.parent, *self.parent.parents]
-
-    @property
     def parent(self) -> ObjectPath:
         return ObjectPath(self.bucket, self.key.rpartition("/")[0])
 

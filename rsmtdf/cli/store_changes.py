@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rsmtdf.cli.terminal import Bar
-
-from rsmtdf.objects import StorePath
 from rsmtdf.errors import ConfigError, StoreIncomplete
+from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import STREAMS, Stream
 from rsmtdf.store.merge import MergeReport, merge

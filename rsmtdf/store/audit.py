@@ -20,7 +20,7 @@ from rsmtdf.store.arrays import METADATA, PlainArray, decode_chunk, group_metada
 from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.growth import LOCK_FILE, column_array, column_sha256, provenance_metadata
 from rsmtdf.store.manifest import KEY, Manifest, checked, load
-from rsmtdf.store.places import files, names
+from rsmtdf.store.places import files, names, read_each
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import STATISTICS, StoredTeacher, moment_array, moment_sha256
 from rsmtdf.store.tiles import tile_arrays, tiles_sha256
@@ -153,19 +153,23 @@ def check_notes(contents: Contents) -> Iterator[Damage]:
     """Damage to provenance notes, which nothing reads back."""
     for name in contents.manifest.teachers:
         folder = contents.path / "provenance" / name
-        for file in [folder / name for name in sorted(names(folder)) if name.endswith(".json")]:
-            try:
-                blob = file.read_bytes()
-                note = json.loads(blob)
-                checked(note, file)
-                what = "" if json.dumps(note).encode() == blob else "is spelled otherwise than it was written"
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError) as error:
-                what = _why(error)
-            if what:
+        notes = [folder / file for file in sorted(names(folder)) if file.endswith(".json")]
+        for file, blob in zip(notes, read_each(notes), strict=True):
+            if blob is not None and (what := _note_damage(file, blob)):
                 shard = int(file.stem) if file.stem.isdigit() else None
                 yield Damage(kind="note", file=file, teacher=name, shard=shard, what=what)
+
+
+def _note_damage(file: StorePath, blob: bytes) -> str:
+    """What is wrong with a note; '' where nothing is, or where it was written before notes carried a digest."""
+    try:
+        note = json.loads(blob)
+        if isinstance(note, dict) and not any(isinstance(v, str) and len(v) == 64 for v in note.values()):
+            return ""
+        checked(note, file)
+    except (StoreCorrupt, ValueError) as error:
+        return _why(error)
+    return "" if json.dumps(note).encode() == blob else "is spelled otherwise than it was written"
 
 
 def check_twins(contents: Contents) -> Iterator[Damage]:

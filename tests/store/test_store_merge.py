@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import rsmtdf.files
 from rsmtdf.errors import StoreError, StoreMismatch
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.specs import STREAMS, ViewRecipe
@@ -20,10 +19,10 @@ from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.merge import merge
 from rsmtdf.store.recode import recode
 from rsmtdf.store.remove import remove
-from rsmtdf.store.repair import repair
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.status import DONE, SKIPPED, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
+from rsmtdf.store.verify import verify
 
 
 class Killed(Exception):
@@ -109,7 +108,7 @@ def check(kit, path) -> FeatureStore:
     assert crc_of(store.view_status()[made]).tolist() == [crc(view(store, r)) for r in made.tolist()]
     keys = [view(store, r).partition(" with")[0] for r in rows.tolist()]
     assert len(set(keys)) == len(keys)
-    assert repair(path, stop=StopFlag(), progress=lambda done, total: None).is_sound
+    assert verify(path, stop=StopFlag()).is_sound
     return store
 
 
@@ -390,7 +389,7 @@ def test_no_room(kit, path, other, monkeypatch):
     make(kit, path, [kit.weak(3)])
     make(kit, other, [kit.strong()])
     before = files(path)
-    monkeypatch.setattr(rsmtdf.files.shutil, "disk_usage", lambda where: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: type("Usage", (), {"free": 100}))
     with pytest.raises(StoreError, match="nothing was written"):
         run(path, other)
     assert files(path) == before

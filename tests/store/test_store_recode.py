@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-import rsmtdf.files
 from rsmtdf.errors import StoreError, StoreIncomplete, StoreMismatch, StoreNotFound
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.store.cached import CachedFeatures
@@ -14,9 +15,9 @@ from rsmtdf.store.carry import RECODED_FROM
 from rsmtdf.store.codecs import CODECS
 from rsmtdf.store.recode import recode
 from rsmtdf.store.remove import remove
-from rsmtdf.store.repair import repair
 from rsmtdf.store.status import DONE, SKIPPED, TODO, state_of
 from rsmtdf.store.store import FeatureStore
+from rsmtdf.store.verify import verify
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def check(kit, source, path, *, teachers=("t",), todo=()) -> FeatureStore:
         assert np.array_equal(old.std, new.std)
         assert new.statistics == {**old.statistics, RECODED_FROM: [old.codec]}
         dst.expect_teacher(old.spec, new.codec, rule=old.statistics["rule"])  # stage 1 can go on with it
-    assert repair(path, stop=StopFlag(), progress=lambda done, total: None).is_sound
+    assert verify(path, stop=StopFlag()).is_sound
     return dst
 
 
@@ -159,7 +160,7 @@ def test_damaged_views_are_named_and_the_rest_is_done(kit, path, other):
     dst = FeatureStore.open(other)
     assert dst.pending_rows(["t"]).tolist() == todo
     assert (state_of(dst.view_status())[todo] == DONE).all()  # pixels made again must be the same ones
-    assert repair(other, stop=StopFlag(), progress=lambda done, total: None).is_sound
+    assert verify(other, stop=StopFlag()).is_sound
     kit.fill(FeatureStore.open(other, writable=True))
     assert FeatureStore.open(other).info()["complete"]
 
@@ -177,7 +178,7 @@ def test_a_value_that_the_codec_cannot_hold(kit, path, other):
         kit.write(store, shard, features={"t": features})
     with pytest.raises(StoreError, match=r"teacher 't', view 5: .* at token 3, channel 7 cannot be stored"):
         run(path, other, "fp16", threads=1)
-    assert repair(other, stop=StopFlag(), progress=lambda done, total: None).is_sound
+    assert verify(other, stop=StopFlag()).is_sound
     assert FeatureStore.open(other).pending_rows(["t"]).tolist() == [4, 5, 6, 7, 8, 9]
 
 
@@ -237,7 +238,7 @@ def test_bad_arguments(kit, path, other):
 def test_no_room(kit, path, other, monkeypatch):
     kit.full(path)
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(rsmtdf.files.shutil, "disk_usage", lambda where: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: usage)
     with pytest.raises(StoreError, match=r"only 0\.00 GB are free there; nothing was written"):
         run(path, other)
     assert not other.exists()

@@ -15,10 +15,10 @@ from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.remove import plan_removal, reclaim, remove
-from rsmtdf.store.repair import repair
 from rsmtdf.store.segments import Segment, shard_runs
 from rsmtdf.store.status import DONE, HOLE, state_of, word
 from rsmtdf.store.store import FeatureStore
+from rsmtdf.store.verify import verify
 
 
 class Killed(Exception):
@@ -145,7 +145,7 @@ def test_seeds_one_after_another_until_none_is_left(kit, path, codec):
     for seed in (1, 3, 0, 2):
         rm(path, seed=seed, stream="weak")
         store = check(kit, path)
-        assert repair(path, stop=StopFlag(), progress=lambda done, total: None).is_sound
+        assert verify(path, stop=StopFlag()).is_sound
         # Sealed again, each part that is left.
         for status in (store.view_status_array, store.teacher("t").status):
             assert status.sealed_ranges() == shard_runs(store.segments, kit.per)
@@ -208,8 +208,7 @@ def test_damage_in_a_shared_shard_stays_visible(kit, path):
     data[2 * (96 + 4) + 5] ^= 1  # row 6, which stays
     file.write_bytes(data)
     assert rm(path, seed=1, stream="weak").left == []
-    report = repair(path, stop=StopFlag(), progress=lambda done, total: None)
-    assert [v.split()[0] for v in report.teachers["t"].damaged] == ["6"]
+    assert [d.row for d in verify(path, stop=StopFlag()).damage] == [6]
 
 
 def test_a_shard_that_cannot_be_cut_down_is_named(kit, path):
