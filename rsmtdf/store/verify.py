@@ -18,16 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from rsmtdf.objects import StorePath
+from rsmtdf.errors import StoreError
+from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store import audit
 from rsmtdf.store.audit import Contents, read_contents
 from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.scan import Finding, ShardScanner
+from rsmtdf.store.shards import ShardUnreachable
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.stored_teacher import StoredTeacher
 
+OBJECT_THREADS = 16
+"""Shards of object storage read at a time: one request is slow, many are not."""
 Progress = Callable[[int, int], None]
 """Told bytes checked, and bytes in all."""
 
@@ -92,14 +96,15 @@ def verify(
         path: the store; writers may be at work.
         stop: ends the check between shards.
         progress: called after each shard.
-        threads: shards read at a time; None: up to 4, for summing takes turns anyway.
+        threads: shards read at a time; None: on a disk up to 4, for summing takes turns anyway.
 
     Raises:
         StoreNotFound: there is no store.
-        StoreError: its format or a spec is of a version that this code does not know.
+        StoreError: its format or a spec is of a version that this code does not know, or it cannot be read now.
         Interrupted: a signal came.
     """
-    report = VerifyReport(store=path, threads=threads or min(4, os.cpu_count() or 1))
+    usual = OBJECT_THREADS if isinstance(path, ObjectPath) else min(4, os.cpu_count() or 1)
+    report = VerifyReport(store=path, threads=threads or usual)
     contents = read_contents(path)
     first = _small_damage(contents)
     if first[0]:
@@ -186,9 +191,10 @@ def _words(contents: Contents, status: StatusArray, teacher: str | None, report:
 
 
 def _odd_words(words: np.ndarray, real: np.ndarray, shard_views: int) -> set[int]:
-    """Shards with a state there is not, a view called a hole, or a committed word in a hole."""
-    state = state_of(words)
-    odd = (words >> np.uint64(34) != 0) | (real & (state == HOLE)) | (~real & np.isin(state, (DONE, SKIPPED)))
+    """Shards with a state there is not, or a view called a hole. Words of rows that are no views mean nothing: a
+    removal that was cut short leaves them as they were.
+    """
+    odd = real & ((words >> np.uint64(34) != 0) | (state_of(words) == HOLE))
     return set((np.flatnonzero(odd) // shard_views).tolist())
 
 
@@ -267,6 +273,16 @@ def _scanned(
 
 
 def _scan(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
+    try:
+        return _scan_settled(scanner, unit)
+    except ShardUnreachable as error:
+        raise StoreError(
+            f"cannot read shard {unit.shard} of {unit.teacher.path}: {error}. Nothing is known to be wrong with the "
+            "store: check the disk, the network and the permissions, then run the same command again"
+        ) from error
+
+
+def _scan_settled(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
     found, size = scanner.scan(unit.teacher, unit.shard, unit.words)
     status = unit.teacher.status
     if found and status.chunk_file(unit.shard).exists():
