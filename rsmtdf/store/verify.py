@@ -11,7 +11,7 @@ import dataclasses
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,10 @@ from rsmtdf.errors import StoreError
 from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store import audit
+from rsmtdf.store.arrays import METADATA
 from rsmtdf.store.audit import Contents, read_contents
 from rsmtdf.store.damage import Damage, Kind
+from rsmtdf.store.foreign import ForeignTeacher, foreign_arrays
 from rsmtdf.store.scan import Finding, ShardScanner
 from rsmtdf.store.shards import ShardUnreachable
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of
@@ -61,6 +63,8 @@ class VerifyReport:
     seconds: float = 0.0
     """Spent reading them."""
     threads: int = 1
+    foreign: list[str] = field(default_factory=list)
+    """Teachers with arrays in another layout, which nothing writes to."""
 
     @property
     def is_sound(self) -> bool:
@@ -117,7 +121,12 @@ def verify(
         return report
     words = _check_status(contents, report)
     view = _describer(contents)
-    _check_features(contents, words, view, report, stop, progress)
+    foreign = _told_foreign(contents, words, report)
+    try:
+        _check_features(contents, words, foreign, view, report, stop, progress)
+    finally:
+        for teacher in foreign.values():
+            teacher.close()
     committed = {
         name: set((np.flatnonzero(np.isin(state_of(w), (DONE, SKIPPED))) // contents.manifest.shard_views).tolist())
         for name, w in words.items()
@@ -198,6 +207,19 @@ def _odd_words(words: np.ndarray, real: np.ndarray, shard_views: int) -> set[int
     return set((np.flatnonzero(odd) // shard_views).tolist())
 
 
+def _told_foreign(contents: Contents, words: dict[str, np.ndarray], report: VerifyReport) -> dict[str, ForeignTeacher]:
+    """The teachers whose arrays are in another layout, which is a remark instead of damage to their metadata."""
+    found: dict[str, ForeignTeacher] = {}
+    for name, teacher in contents.teachers.items():
+        for node in foreign_arrays(contents, teacher, words[name]):
+            report.damage = [d for d in report.damage if d.kind != "metadata" or d.file != node / METADATA]
+            remark = f"{node} is in another layout: an archive, read through zarr-python"
+            report.remarks = [*(r for r in report.remarks if not r.startswith(f"{node} ")), remark]
+            found[name] = found.get(name) or ForeignTeacher(contents, teacher)
+    report.foreign = list(found)
+    return found
+
+
 def _describer(contents: Contents) -> Callable[[int], str]:
     """Rows in words. The store it asks knows no teachers, whose damage would keep it from opening."""
     bare = dataclasses.replace(contents.manifest, teachers={})
@@ -211,6 +233,7 @@ class _Unit:
     teacher: StoredTeacher
     shard: int
     words: np.ndarray
+    foreign: ForeignTeacher | None
 
     @property
     def views(self) -> int:
@@ -220,6 +243,7 @@ class _Unit:
 def _check_features(
     contents: Contents,
     words: dict[str, np.ndarray],
+    foreign: Mapping[str, ForeignTeacher],
     view: Callable[[int], str],
     report: VerifyReport,
     stop: StopFlag,
@@ -228,7 +252,7 @@ def _check_features(
     """Every payload whose status word says that it is there."""
     per, real = contents.manifest.shard_views, is_view(contents)
     units = [
-        _Unit(teacher, int(shard), words[name][shard * per : (shard + 1) * per])
+        _Unit(teacher, int(shard), words[name][shard * per : (shard + 1) * per], foreign.get(name))
         for name, teacher in contents.teachers.items()
         for shard in np.unique(np.flatnonzero((state_of(words[name]) == DONE) & real) // per)
     ]
@@ -283,6 +307,8 @@ def _scan(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
 
 
 def _scan_settled(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
+    if unit.foreign is not None:
+        return unit.foreign.scan(unit.shard, unit.words)
     found, size = scanner.scan(unit.teacher, unit.shard, unit.words)
     status = unit.teacher.status
     if found and status.chunk_file(unit.shard).exists():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from rsmtdf.errors import StoreCorrupt, StoreError, StoreNotFound
 from rsmtdf.keyed import Draws
@@ -328,3 +329,35 @@ def test_a_removal_is_no_damage_also_where_it_was_cut_short(kit, path, last):
         remove(path, seed=0, stream="weak", stop=StopFlag(), on_step=on_step)
     assert check(path).damage == []
     assert repair(path, stop=StopFlag()).withdrawn == {}
+
+
+@pytest.fixture
+def archive(kit, path):
+    """Features in chunks that are compressed, as an archive may have them."""
+    kit.full(path)
+    node = path / "teachers/t/features"
+    values = zarr.open_array(node, mode="r")[:]
+    array = zarr.create_array(
+        node, shape=values.shape, dtype=values.dtype, chunks=(2, 6, 8), overwrite=True, fill_value=float("nan")
+    )
+    array[:] = values
+    return path
+
+
+def test_an_archive_is_checked_through_zarr(archive):
+    report = check(archive)
+    assert report.damage == []
+    assert report.teachers["t"].checked == 18
+    assert f"{archive / 'teachers/t/features'} is in another layout" in report.remarks[0]
+    before = {f: f.read_bytes() for f in archive.rglob("*") if f.is_file() and f.name != "locks"}
+    repair(archive, stop=StopFlag())
+    assert {f: f.read_bytes() for f in before} == before
+
+
+def test_a_damaged_archive_is_named_and_nothing_is_withdrawn(archive):
+    chunk = archive / "teachers/t/features/c/6/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    assert [d.row for d in check(archive).damage] == [12, 13]
+    report = repair(archive, stop=StopFlag())
+    assert [d.row for d in report.not_repaired] == [12, 13]
+    assert report.withdrawn == {}
