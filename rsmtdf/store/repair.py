@@ -41,6 +41,11 @@ class RepairReport:
     not_repaired: list[Damage] = field(default_factory=list)
     """Damage that nothing in the store can undo."""
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing was wrong."""
+        return self.found.is_sound
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {

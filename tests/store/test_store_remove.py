@@ -209,7 +209,7 @@ def test_damage_in_a_shared_shard_stays_visible(kit, path):
     file.write_bytes(data)
     assert rm(path, seed=1, stream="weak").left == []
     report = repair(path, stop=StopFlag(), progress=lambda done, total: None)
-    assert [v.split()[0] for v in report.teachers["t"].damaged] == ["6"]
+    assert [d.row for d in report.found.damage] == [6]
 
 
 def test_a_shard_that_cannot_be_cut_down_is_named(kit, path):
