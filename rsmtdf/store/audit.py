@@ -21,6 +21,7 @@ from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.growth import LOCK_FILE, column_array, column_sha256, provenance_metadata
 from rsmtdf.store.manifest import KEY, Manifest, checked, load
 from rsmtdf.store.places import files, names, read_each
+from rsmtdf.store.shards import ShardUnreachable, trouble
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import STATISTICS, StoredTeacher, moment_array, moment_sha256
 from rsmtdf.store.tiles import tile_arrays, tiles_sha256
@@ -56,8 +57,6 @@ def read_contents(path: StorePath) -> Contents | Damage:
         raise
     except StoreCorrupt as error:
         return Damage(kind="manifest", file=path / METADATA, what=_why(error))
-    except OSError as error:
-        return Damage(kind="manifest", file=path / METADATA, what=f"cannot be read ({error.strerror})")
     found = [d for d in [_not_canonical(path / METADATA, "manifest", group_metadata({KEY: {}}))] if d]
     teachers: dict[str, StoredTeacher] = {}
     for name, digest in manifest.teachers.items():
@@ -215,7 +214,9 @@ def _belongs(contents: Contents, file: StorePath, nodes: Mapping[StorePath, Any]
     provenance = contents.path / "provenance"
     if file == contents.path / LOCK_FILE or (file.name == "sealed" and file.parent.name == "status"):
         return True
-    if provenance / "twins" in file.parents or (file.parent == provenance and file.name in {"mutex", "claims-mutex"}):
+    if provenance / "twins" in file.parents or (
+        file.parent == provenance and file.name in {"mutex.json", "claims-mutex.json"}
+    ):
         return True
     if file.parent == provenance / "claims":
         return True
@@ -344,11 +345,23 @@ def _written(metadata: Mapping[str, Any]) -> bytes:
 
 
 def _why(error: Exception) -> str:
+    """An error that came with a small file, as a finding.
+
+    Raises:
+        StoreError: it says nothing about the file's bytes (permissions, a network).
+    """
     if isinstance(error, FileNotFoundError):
         return "is missing"
-    strerror = getattr(error, "strerror", None)
-    # Of our own errors the middle: the file is named beside it, and what to do is said once for all findings.
-    return f"cannot be read ({strerror})" if strerror else reason(str(error))
+    if not isinstance(error, OSError) or isinstance(error, StoreError):
+        # Of our own errors the middle: the file is named beside it, and what to do is said once for all findings.
+        return reason(str(error))
+    found = trouble(error, "cannot be read")
+    if isinstance(found, ShardUnreachable):
+        raise StoreError(
+            f"{found} ({error.filename}). Nothing is known to be wrong with the store: check the disk, the network "
+            "and the permissions, then run the same command again"
+        ) from error
+    return str(found)
 
 
 def reason(message: str) -> str:

@@ -41,6 +41,11 @@ class RepairReport:
     not_repaired: list[Damage] = field(default_factory=list)
     """Damage that nothing in the store can undo."""
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing was wrong."""
+        return self.found.is_sound
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -106,7 +111,10 @@ class _Mender:
         for damage in self._report.found.damage:
             by_kind.setdefault(damage.kind, []).append(damage)
         self._statuses([*by_kind.get("seal", []), *by_kind.get("status", [])])
-        self._features(by_kind.get("features", []))
+        # Nothing can be written into an archive, so its damaged views stay named, and readers refuse them.
+        foreign = self._report.found.foreign
+        self._features(d for d in by_kind.get("features", []) if d.teacher not in foreign)
+        self._report.not_repaired += [d for d in by_kind.get("features", []) if d.teacher in foreign]
         self._metadata(by_kind.get("metadata", []))
         for damage in by_kind.get("note", []):
             remove(damage.file)

@@ -21,7 +21,7 @@ from rsmtdf.store.arrays import CRC_BYTES
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.places import unreachable
-from rsmtdf.store.shards import ABSENT, ShardDamage, index_bytes, parse_index, shard_name
+from rsmtdf.store.shards import ABSENT, ShardDamage, ShardUnreachable, index_bytes, parse_index, shard_name, trouble
 from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.stored_teacher import StoredTeacher
 
@@ -45,6 +45,9 @@ class ShardScanner:
             teacher: whose features.
             shard: its number.
             words: uint64 [shard_views], the committed status words: those that are done are checked.
+
+        Raises:
+            ShardUnreachable, StoreError: a file cannot be read now, which says nothing about its bytes.
         """
         expected = crc_of(words)
         slots = np.flatnonzero(state_of(words) == DONE).tolist()
@@ -106,7 +109,10 @@ class ShardScanner:
             try:
                 opened.read(buffer[:entry].data, start + k * entry)
             except OSError as error:
-                found.setdefault(slot, (slot, file, f"reading failed ({error.strerror or error})"))
+                damage = trouble(error, "reading failed")
+                if isinstance(damage, ShardUnreachable):
+                    raise damage from error
+                found.setdefault(slot, (slot, file, str(damage)))
             else:
                 _sum(buffer[:entry], slot, file, sums, found)
 
@@ -179,7 +185,7 @@ def _opened(file: StorePath, views: int) -> Iterator[_Opened]:
     except FileNotFoundError:
         raise ShardDamage("the shard file is missing") from None
     except OSError as error:
-        raise ShardDamage(f"the shard file cannot be opened ({error.strerror})") from error
+        raise trouble(error, "the shard file cannot be opened") from error
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -193,7 +199,7 @@ def _index(opened: _Opened, views: int) -> np.ndarray:
     try:
         opened.read(memoryview(raw), opened.size - len(raw))
     except OSError as error:
-        raise ShardDamage(f"reading its index failed ({error.strerror or error})") from error
+        raise trouble(error, "reading its index failed") from error
     return parse_index(bytes(raw), views)
 
 

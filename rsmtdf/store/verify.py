@@ -11,23 +11,29 @@ import dataclasses
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rsmtdf.objects import StorePath
+from rsmtdf.errors import StoreError
+from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store import audit
+from rsmtdf.store.arrays import METADATA
 from rsmtdf.store.audit import Contents, read_contents
 from rsmtdf.store.damage import Damage, Kind
+from rsmtdf.store.foreign import ForeignTeacher, foreign_arrays
 from rsmtdf.store.scan import Finding, ShardScanner
+from rsmtdf.store.shards import ShardUnreachable
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.stored_teacher import StoredTeacher
 
+OBJECT_THREADS = 16
+"""Shards of object storage read at a time: one request is slow, many are not."""
 Progress = Callable[[int, int], None]
 """Told bytes checked, and bytes in all."""
 
@@ -57,6 +63,8 @@ class VerifyReport:
     seconds: float = 0.0
     """Spent reading them."""
     threads: int = 1
+    foreign: list[str] = field(default_factory=list)
+    """Teachers with arrays in another layout, which nothing writes to."""
 
     @property
     def is_sound(self) -> bool:
@@ -92,14 +100,15 @@ def verify(
         path: the store; writers may be at work.
         stop: ends the check between shards.
         progress: called after each shard.
-        threads: shards read at a time; None: up to 4, for summing takes turns anyway.
+        threads: shards read at a time; None: on a disk up to 4, for summing takes turns anyway.
 
     Raises:
         StoreNotFound: there is no store.
-        StoreError: its format or a spec is of a version that this code does not know.
+        StoreError: its format or a spec is of a version that this code does not know, or it cannot be read now.
         Interrupted: a signal came.
     """
-    report = VerifyReport(store=path, threads=threads or min(4, os.cpu_count() or 1))
+    usual = OBJECT_THREADS if isinstance(path, ObjectPath) else min(4, os.cpu_count() or 1)
+    report = VerifyReport(store=path, threads=threads or usual)
     contents = read_contents(path)
     first = _small_damage(contents)
     if first[0]:
@@ -112,7 +121,12 @@ def verify(
         return report
     words = _check_status(contents, report)
     view = _describer(contents)
-    _check_features(contents, words, view, report, stop, progress)
+    foreign = _told_foreign(contents, words, report)
+    try:
+        _check_features(contents, words, foreign, view, report, stop, progress)
+    finally:
+        for teacher in foreign.values():
+            teacher.close()
     committed = {
         name: set((np.flatnonzero(np.isin(state_of(w), (DONE, SKIPPED))) // contents.manifest.shard_views).tolist())
         for name, w in words.items()
@@ -186,10 +200,24 @@ def _words(contents: Contents, status: StatusArray, teacher: str | None, report:
 
 
 def _odd_words(words: np.ndarray, real: np.ndarray, shard_views: int) -> set[int]:
-    """Shards with a state there is not, a view called a hole, or a committed word in a hole."""
-    state = state_of(words)
-    odd = (words >> np.uint64(34) != 0) | (real & (state == HOLE)) | (~real & np.isin(state, (DONE, SKIPPED)))
+    """Shards with a state there is not, or a view called a hole. Words of rows that are no views mean nothing: a
+    removal that was cut short leaves them as they were.
+    """
+    odd = real & ((words >> np.uint64(34) != 0) | (state_of(words) == HOLE))
     return set((np.flatnonzero(odd) // shard_views).tolist())
+
+
+def _told_foreign(contents: Contents, words: dict[str, np.ndarray], report: VerifyReport) -> dict[str, ForeignTeacher]:
+    """The teachers whose arrays are in another layout, which is a remark instead of damage to their metadata."""
+    found: dict[str, ForeignTeacher] = {}
+    for name, teacher in contents.teachers.items():
+        for node in foreign_arrays(contents, teacher, words[name]):
+            report.damage = [d for d in report.damage if d.kind != "metadata" or d.file != node / METADATA]
+            remark = f"{node} is in another layout: an archive, read through zarr-python"
+            report.remarks = [*(r for r in report.remarks if not r.startswith(f"{node} ")), remark]
+            found[name] = found.get(name) or ForeignTeacher(contents, teacher)
+    report.foreign = list(found)
+    return found
 
 
 def _describer(contents: Contents) -> Callable[[int], str]:
@@ -205,6 +233,7 @@ class _Unit:
     teacher: StoredTeacher
     shard: int
     words: np.ndarray
+    foreign: ForeignTeacher | None
 
     @property
     def views(self) -> int:
@@ -214,6 +243,7 @@ class _Unit:
 def _check_features(
     contents: Contents,
     words: dict[str, np.ndarray],
+    foreign: Mapping[str, ForeignTeacher],
     view: Callable[[int], str],
     report: VerifyReport,
     stop: StopFlag,
@@ -222,7 +252,7 @@ def _check_features(
     """Every payload whose status word says that it is there."""
     per, real = contents.manifest.shard_views, is_view(contents)
     units = [
-        _Unit(teacher, int(shard), words[name][shard * per : (shard + 1) * per])
+        _Unit(teacher, int(shard), words[name][shard * per : (shard + 1) * per], foreign.get(name))
         for name, teacher in contents.teachers.items()
         for shard in np.unique(np.flatnonzero((state_of(words[name]) == DONE) & real) // per)
     ]
@@ -267,6 +297,18 @@ def _scanned(
 
 
 def _scan(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
+    try:
+        return _scan_settled(scanner, unit)
+    except ShardUnreachable as error:
+        raise StoreError(
+            f"cannot read shard {unit.shard} of {unit.teacher.path}: {error}. Nothing is known to be wrong with the "
+            "store: check the disk, the network and the permissions, then run the same command again"
+        ) from error
+
+
+def _scan_settled(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
+    if unit.foreign is not None:
+        return unit.foreign.scan(unit.shard, unit.words)
     found, size = scanner.scan(unit.teacher, unit.shard, unit.words)
     status = unit.teacher.status
     if found and status.chunk_file(unit.shard).exists():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
-from rsmtdf.errors import StoreCorrupt, StoreNotFound
+from rsmtdf.errors import StoreCorrupt, StoreError, StoreNotFound
 from rsmtdf.keyed import Draws
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.remove import remove
+from rsmtdf.store.repair import repair
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.twins import TWINS
 from rsmtdf.store.verify import verify
@@ -278,3 +283,81 @@ def test_the_manifest(copy):
 def test_there_is_no_store(tmp_path):
     with pytest.raises(StoreNotFound):
         check(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["features/c.0.0.0", "zarr.json", "status/c.0"])
+def test_what_cannot_be_reached_is_no_damage(kit, path, monkeypatch, name):
+    """A share that is gone for a minute must not have a store withdrawn."""
+    kit.full(path)
+    opened, file = os.open, str(path / "teachers/t" / name)
+    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != "locks"}
+
+    def gone(name, *arguments, **options):
+        if str(name) == file:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), file)
+        return opened(name, *arguments, **options)
+
+    real_io_open = io.open
+
+    def gone_io(name, *arguments, **options):
+        if str(name) == file:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), file)
+        return real_io_open(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", gone)
+    monkeypatch.setattr(io, "open", gone_io)
+    with pytest.raises(StoreError, match="Nothing is known to be wrong") as caught:
+        check(path)
+    assert not isinstance(caught.value, StoreCorrupt)
+    with pytest.raises(StoreError, match="Nothing is known to be wrong"):
+        repair(path, stop=StopFlag())
+    monkeypatch.undo()
+    assert {f: f.read_bytes() for f in before} == before
+
+
+@pytest.mark.parametrize("last", ["manifest", None])
+def test_a_removal_is_no_damage_also_where_it_was_cut_short(kit, path, last):
+    class Cut(Exception):
+        pass
+
+    def on_step(step):
+        if step == last:
+            raise Cut
+
+    kit.full(path).seal()
+    with contextlib.suppress(Cut):
+        remove(path, seed=0, stream="weak", stop=StopFlag(), on_step=on_step)
+    assert check(path).damage == []
+    assert repair(path, stop=StopFlag()).withdrawn == {}
+
+
+@pytest.fixture
+def archive(kit, path):
+    """Features in chunks that are compressed, as an archive may have them."""
+    kit.full(path)
+    node = path / "teachers/t/features"
+    values = zarr.open_array(node, mode="r")[:]
+    array = zarr.create_array(
+        node, shape=values.shape, dtype=values.dtype, chunks=(2, 6, 8), overwrite=True, fill_value=float("nan")
+    )
+    array[:] = values
+    return path
+
+
+def test_an_archive_is_checked_through_zarr(archive):
+    report = check(archive)
+    assert report.damage == []
+    assert report.teachers["t"].checked == 18
+    assert f"{archive / 'teachers/t/features'} is in another layout" in report.remarks[0]
+    before = {f: f.read_bytes() for f in archive.rglob("*") if f.is_file() and f.name != "locks"}
+    repair(archive, stop=StopFlag())
+    assert {f: f.read_bytes() for f in before} == before
+
+
+def test_a_damaged_archive_is_named_and_nothing_is_withdrawn(archive):
+    chunk = archive / "teachers/t/features/c/6/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    assert [d.row for d in check(archive).damage] == [12, 13]
+    report = repair(archive, stop=StopFlag())
+    assert [d.row for d in report.not_repaired] == [12, 13]
+    assert report.withdrawn == {}
