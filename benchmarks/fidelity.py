@@ -141,7 +141,7 @@ def taught(name: str, pixels: torch.Tensor, *, weights: str) -> tuple[torch.Tens
         teacher = build_teacher(
             dataclasses.replace(source, compute_dtype=dtype), student_grid=GRID, device=pixels.device
         )
-        found.append(torch.cat([teacher(part) for part in pixels.split(2)]))
+        found.append(torch.cat([teacher(part) for part in pixels.split(1)]))
     return found[0], found[1]
 
 

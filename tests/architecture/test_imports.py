@@ -55,7 +55,7 @@ def test_imported_packages_are_declared_dependencies(repo, project):
         for root in imported_roots(path) - set(sys.stdlib_module_names) - {"rsmtdf"}:
             names = {canonical(d) for d in distributions.get(root, [root])}
             # dask[distributed] is how the scheduler is asked for; the contracts in testing/ are for test suites.
-            extra = {"distributed", "pytest"} if "testing" in path.parts else {"distributed"}
+            extra = {"distributed", "pytest", "hypothesis"} if "testing" in path.parts else {"distributed"}
             if not names & declared and root not in extra:
                 undeclared.setdefault(root, []).append(path.relative_to(repo).as_posix())
     assert not undeclared

@@ -102,8 +102,10 @@ def test_after_a_repair_exactly_the_missing_views_are_computed(fresh: Any, cache
             CachedFeatures(mended, [name], device="cpu", rows=rows) as a,
             CachedFeatures(whole, [name], device="cpu") as b,
         ):
-            # What batch a view is in may move the last bits.
-            np.testing.assert_allclose(a.fetch(rows)[name].numpy(), b.fetch(rows)[name].numpy(), rtol=1e-2, atol=1e-3)
+            # Statistics were measured while the tiles were broken, so the int8 steps of the two are not the same.
+            x, y = (source.fetch(rows)[name].numpy() for source in (a, b))
+            assert np.linalg.norm(x - y, axis=-1).max() < 0.03 * np.linalg.norm(y, axis=-1).min()
+            assert np.linalg.norm(x - y) < 0.015 * np.linalg.norm(y)
     again = fresh.cache()
     assert (again["views"], again["failed"]) == (0, False)
 
