@@ -32,13 +32,15 @@ with CachedFeatures(store, ["t"], device="cpu", threads=2, rows=rows) as source:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 @pytest.mark.parametrize("codec", ["fp16", "int8"])
-def test_a_shuffled_epoch_takes_no_memory(kit, path, run_python, codec):
+def test_a_shuffled_epoch_takes_no_memory(kit, path, run_python, monkeypatch, codec):
+    # Has glibc give back at once what batches leave behind; else its arenas keep tens of megabytes, now more, now less.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     store = kit.create(path)
     store.extend([kit.weak(128, seeds=1)])
     kit.add_teacher(store, codec=codec, grid=(16, 32), dim=256)  # 32 MiB of fp16, 64 MiB decoded
     kit.fill(store)
     found = json.loads(run_python(_EPOCHS, str(path)))
     first, *others = found["epochs"]
-    # The allocator keeps some of what batches (2 MiB each, decoded) leave behind; the views themselves would not fit.
-    assert max(first) - found["before"] < 40
-    assert max(max(epoch) for epoch in others) - max(first) < 4
+    # A batch is 2 MiB, decoded, beside its encoded buffer.
+    assert max(first) - found["before"] < 16
+    assert max(max(epoch) for epoch in others) - max(first) < 8
