@@ -87,9 +87,6 @@ class ObjectPath:
     def __truediv__(self, name: str) -> ObjectPath:
         return ObjectPath(self.bucket, f"{self.key}/{name}".strip("/"))
 
-    def joinpath(self, *names: str) -> ObjectPath:
-        return ObjectPath(self.bucket, "/".join([*filter(None, [self.key]), *names]))
-
     @property
     def name(self) -> str:
         return self.key.rpartition("/")[2]
@@ -110,9 +107,6 @@ class ObjectPath:
     @property
     def suffix(self) -> str:
         return PurePosixPath(self.name).suffix
-
-    def with_name(self, name: str) -> ObjectPath:
-        return self.parent / name
 
     def relative_to(self, other: ObjectPath) -> str:
         """The key below `other`.

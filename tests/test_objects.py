@@ -74,9 +74,8 @@ def test_paths_are_joined_and_taken_apart():
     root = store_path("s3://bucket/a")
     array = root / "teachers" / "dino" / "codes"
     assert str(array) == "s3://bucket/a/teachers/dino/codes"
-    assert root / "teachers/dino/codes" == array == root.joinpath("teachers", "dino", "codes")
+    assert root / "teachers/dino/codes" == array
     assert (array.name, str(array.parent)) == ("codes", "s3://bucket/a/teachers/dino")
-    assert array.with_name("features") == array.parent / "features"
     assert array.relative_to(root) == "teachers/dino/codes"
     assert [str(path) for path in (root / "b").parents] == ["s3://bucket/a", "s3://bucket"]
     assert ((root / "zarr.json").stem, (root / "zarr.json").suffix, (root / "c.1.0").stem) == ("zarr", ".json", "c.1")

@@ -199,7 +199,7 @@ class ObjectLocks:
 
     def _take_mutex(self, name: str, timeout_s: float) -> Lease:
         self._require_writable()
-        lease = self._lease(self._folder / f"{name}.json")
+        lease = self._lease(self._folder / name)
         start, pause = self._clock(), self._lease_s / 500
         told = name != "mutex"  # the other one is never held for long
         while True:

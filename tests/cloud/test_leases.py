@@ -255,9 +255,9 @@ def test_an_owner_that_was_taken_over_has_lost_at_its_next_question(place, locks
         steal(place, f"claims/{claims(place)[0]}")
         locks.still_held()
     with pytest.raises(StoreError, match=lost), locks.mutex(timeout_s=0):
-        steal(place, "mutex.json")
+        steal(place, "mutex")
         locks.still_held()
-    found = json.loads((place / "provenance" / "mutex.json").read_bytes())
+    found = json.loads((place / "provenance" / "mutex").read_bytes())
     assert found == {"owner": "somebody else"}, "what is not ours is not released"
 
 
@@ -268,7 +268,7 @@ def test_leaving_tells_of_a_lost_lease_too_but_not_instead_of_an_error(place):
         steal(place, f"claims/{claims(place)[0]}")
         clock.offset += 2 * LEASE_S
     with pytest.raises(ZeroDivisionError), locks.mutex(timeout_s=0):
-        steal(place, "mutex.json")
+        steal(place, "mutex")
         clock.offset += 2 * LEASE_S
         raise ZeroDivisionError
 
