@@ -11,6 +11,7 @@ the last bit; `_scales` divides by a tensor. Do not compile these functions: fus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,7 +45,7 @@ class EncodedArray:
 
     @property
     def view_bytes(self) -> int:
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Codec(Protocol):

@@ -106,6 +106,7 @@ def _withdraw(store: FeatureStore, status: StatusArray, shard: int, *, keep: lis
     committed[keep or []] = False
     if committed.any():
         _break_seal(store, status, shard)
+        store.claims.still_held()
         status.write_shard(shard, np.where(committed, np.uint64(word(TODO)), words))
 
 

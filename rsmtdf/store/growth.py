@@ -136,6 +136,7 @@ def grow_store(
     columns: Mapping[str, np.ndarray],
     teachers: Mapping[str, StoredTeacher],
     on_step: Callable[[str], None],
+    still_held: Callable[[], None],
 ) -> Manifest:
     """Appends segments and commits. The caller owns the store and all its shards.
 
@@ -147,6 +148,7 @@ def grow_store(
         columns: its committed columns, all rows.
         teachers: its teachers.
         on_step: called after each step with its name; an error it raises ends the change there.
+        still_held: raises where the caller does not own the store any more; asked before the commit.
 
     Returns:
         The new committed state.
@@ -180,6 +182,7 @@ def grow_store(
             segments=manifest.segments + growth.segments,
             columns=entries,
         )
+        still_held()
         commit(path, grown)
     except OSError as error:
         if isinstance(error, StoreError):

@@ -34,7 +34,7 @@ def put(path: StorePath, *parts: bytes | np.ndarray) -> int:
         OSError: it cannot be written; whatever was there before is untouched.
     """
     if isinstance(path, ObjectPath):
-        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(bytes(p) for p in parts)
+        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(memoryview(p) for p in parts)
         path.write_bytes(data)
         return len(data)
     try:
@@ -83,6 +83,11 @@ def names(folder: StorePath) -> list[str]:
             return [e.name for e in entries]
     except FileNotFoundError:
         return []
+
+
+def can_list(folder: StorePath) -> bool:
+    """Whether `names` works there; a plain web server cannot say what it has."""
+    return not (isinstance(folder, ObjectPath) and folder.bucket.is_web)
 
 
 def files(folder: StorePath) -> Iterator[StorePath]:
@@ -137,7 +142,7 @@ def remove_tree(folder: StorePath) -> int:
 def size(path: StorePath) -> int | None:
     """Bytes of a file; None where there is none."""
     try:
-        return path.read_tail(1)[1] if isinstance(path, ObjectPath) else path.stat().st_size
+        return path.size() if isinstance(path, ObjectPath) else path.stat().st_size
     except FileNotFoundError:
         return None
 

@@ -17,7 +17,7 @@ from rsmtdf.errors import StoreCorrupt
 from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import array_metadata, damaged, decode_chunk, encode_chunk
 from rsmtdf.store.checksum import crc32c
-from rsmtdf.store.places import names, put, read, read_each, remove
+from rsmtdf.store.places import can_list, names, put, read, read_each, remove
 
 TODO, DONE, SKIPPED, HOLE = 0, 1, 2, 3
 """States: not there yet; committed; skipped (a tile of its pair did not open); no view at all."""
@@ -109,7 +109,9 @@ class StatusArray:
             if stop <= n_rows:
                 words[start:stop] = part
                 sealed[start // per : stop // per] = True
-        shards = [k for k in self._shards_on_disk() if k < len(sealed) and not sealed[k]]
+        shards = np.flatnonzero(~sealed).tolist()
+        if shards and can_list(self.path):
+            shards = sorted(set(shards) & set(self._shards_on_disk()))
         for shard, blob in zip(shards, read_each([self.chunk_file(k) for k in shards]), strict=True):
             words[shard * per : (shard + 1) * per] = self._decode(shard, blob)
         return words

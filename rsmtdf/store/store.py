@@ -399,6 +399,7 @@ class FeatureStore:
                     columns=columns,
                     teachers=self.teachers,
                     on_step=on_step,
+                    still_held=self.claims.still_held,
                 )
                 self._adopt(grown)
             keep_twins(self.path, grown)
@@ -561,6 +562,7 @@ class FeatureStore:
 
     def _commit(self, **changes: Any) -> None:
         changed = dataclasses.replace(self._manifest, **changes)
+        self.claims.still_held()
         commit_manifest(self.path, changed)
         self._adopt(changed)
         keep_twins(self.path, changed)

@@ -32,7 +32,7 @@ from rsmtdf.store.places import remove_tree
 from rsmtdf.store.status import StatusArray
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_TAKEN = ("locks", "mutex", "claims", "twins")
+_TAKEN = ("locks", "mutex", "claims-mutex", "claims", "twins")
 """Names in `provenance`, where each teacher's notes have a folder."""
 STATISTICS = ("channel_mean", "channel_std")
 """Names of the arrays of channel statistics."""
