@@ -88,8 +88,13 @@ def cache_features(
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")] = None,
     stats_from: Annotated[
-        Path | None,
-        typer.Option("--stats-from", help="Take channel statistics from this store: the two can be merged then."),
+        Any,
+        typer.Option(
+            "--stats-from",
+            metavar="STORE",
+            parser=store_path,
+            help="Take channel statistics from this store: the two can be merged then.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     set_: Set = None,
