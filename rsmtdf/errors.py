@@ -19,6 +19,8 @@ exception is a bug and shows its traceback.
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class RsmtdfError(Exception):
     """The root of the tree: catch it to catch every error that has an explanation."""
@@ -43,6 +45,10 @@ class StoreError(RsmtdfError, RuntimeError):
 class StoreNotFound(StoreError, FileNotFoundError):
     """There is no feature store at this path."""
 
+    def __new__(cls, *args: object) -> Self:
+        # Of the two bases the one that fits: whoever rebuilds an error in another process (tblib, dask) calls this.
+        return OSError.__new__(cls, *args)
+
 
 class StoreIncomplete(StoreError, LookupError):
     """The store lacks views, streams or teachers that are needed now."""
@@ -54,6 +60,9 @@ class StoreMismatch(StoreError, ValueError):
 
 class StoreCorrupt(StoreError, OSError):
     """Bytes in the store differ from what was committed."""
+
+    def __new__(cls, *args: object) -> Self:
+        return OSError.__new__(cls, *args)  # as for StoreNotFound
 
 
 class TeacherError(RsmtdfError, RuntimeError):

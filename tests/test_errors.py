@@ -49,6 +49,7 @@ def test_message_is_printed_as_given_and_survives_a_process_boundary(name):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is CLASSES[name]
     assert str(again) == str(error)
+    assert type(CLASSES[name].__new__(CLASSES[name], "as tblib does it")) is CLASSES[name]
     assert str(CLASSES[name]())
 
 

@@ -214,9 +214,7 @@ def _belongs(contents: Contents, file: StorePath, nodes: Mapping[StorePath, Any]
     provenance = contents.path / "provenance"
     if file == contents.path / LOCK_FILE or (file.name == "sealed" and file.parent.name == "status"):
         return True
-    if provenance / "twins" in file.parents or (
-        file.parent == provenance and file.name in {"mutex.json", "claims-mutex.json"}
-    ):
+    if provenance / "twins" in file.parents or (file.parent == provenance and file.name in {"mutex", "claims-mutex"}):
         return True
     if file.parent == provenance / "claims":
         return True

@@ -34,7 +34,11 @@ def put(path: StorePath, *parts: bytes | np.ndarray) -> int:
         OSError: it cannot be written; whatever was there before is untouched.
     """
     if isinstance(path, ObjectPath):
-        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(p if isinstance(p, bytes) else p.data for p in parts)
+        data = (
+            parts[0]
+            if len(parts) == 1 and isinstance(parts[0], bytes)
+            else b"".join(p if isinstance(p, bytes) else p.data for p in parts)
+        )
         path.write_bytes(data)
         return len(data)
     try:

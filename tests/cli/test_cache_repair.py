@@ -324,7 +324,8 @@ def test_views_whose_pixels_have_changed_stay_missing(tiny: Any, command: Run) -
 
 
 def test_what_only_a_copy_can_restore(tiny: Any, command: Run) -> None:
-    flip(tiny.store / "views" / "seed" / "c.0", 2)
+    for place in (tiny.store, tiny.store / "provenance" / "twins"):
+        flip(place / "views" / "seed" / "c.0", 2)
     damage_view(tiny, "dense", 1)
     said = command("cache", "repair", tiny.store)
     assert said.code == 1

@@ -37,7 +37,7 @@ def local(kit, tmp_path) -> FeatureStore:
 def remote(local, place) -> FeatureStore:
     for file in local.path.rglob("*"):
         if file.is_file() and file.name != "locks":
-            place.joinpath(*file.relative_to(local.path).parts).write_bytes(file.read_bytes())
+            (place / file.relative_to(local.path).as_posix()).write_bytes(file.read_bytes())
     return FeatureStore.open(place)
 
 

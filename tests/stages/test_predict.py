@@ -167,6 +167,7 @@ def test_nothing_valid_gives_a_map_of_nodata_and_says_so(tmp_path: Path) -> None
 def test_an_error_half_way_leaves_nothing_and_keeps_an_old_map(tmp_path: Path, photo: Path) -> None:
     loaded, dst = _loaded(), tmp_path / "map.tif"
     calls = 0
+    threads = threading.active_count()
     forward = loaded.student.forward
 
     def failing(x: torch.Tensor) -> object:
@@ -189,7 +190,7 @@ def test_an_error_half_way_leaves_nothing_and_keeps_an_old_map(tmp_path: Path, p
     assert dst.read_bytes() == b"the old map"
     predict_image(loaded, photo, dst, device=CPU, batch=2, overwrite=True)
     assert _map(dst).shape == (90, 150)
-    assert threading.active_count() < 10
+    assert threading.active_count() < threads + 5
 
 
 def test_a_stop_between_batches_leaves_nothing(tmp_path: Path, photo: Path) -> None:
