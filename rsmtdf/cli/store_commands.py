@@ -136,7 +136,11 @@ def cache_verify(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check every stored byte, changing nothing. Exit code 1 if anything is damaged."""
+    """Check every stored byte, changing nothing. Exit code 1 if anything is damaged.
+
+    With --live, also whether the teachers still say what is stored (from the images, in full precision).
+    Example: rsmtdf cache verify feats.zarr --live 8
+    """
     from rsmtdf.cli.care import Means, verify_store
     from rsmtdf.signals import stop_flag
 
@@ -163,7 +167,8 @@ def cache_repair(
 ) -> None:
     """Check every stored byte, and compute again exactly the views that are damaged or missing.
 
-    Exit code 1 if something could not be repaired.
+    Needs the images and the teachers, from the store's own record. Exit code 1 if something could not be repaired.
+    Example: rsmtdf cache repair feats.zarr --dry-run
     """
     from rsmtdf.cli.care import Means, repair_store
     from rsmtdf.signals import stop_flag

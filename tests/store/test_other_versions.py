@@ -16,6 +16,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from rsmtdf.cli.main import main
 from rsmtdf.errors import StoreCorrupt, StoreError
+from rsmtdf.stages.cache import view_maker
 from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.codecs import CODECS
 from rsmtdf.store.manifest import FORMAT, signed
@@ -206,3 +207,13 @@ def test_an_array_of_another_type_or_shape_is_refused(path, store, change):
     zarr.create_array(node, overwrite=True, **(fields | change))
     with pytest.raises(StoreCorrupt, match=r"file .*features/zarr.json: .*expected float16 \(24, 6, 8\)"):
         CachedFeatures(FeatureStore.open(path), ["t"], device="cpu")
+
+
+def test_views_of_another_recipe_version_are_not_made(store, path):
+    """Their pixels would differ, and the message must not blame an image library for it."""
+    edit_manifest(path, lambda manifest: manifest["recipe"].update(version=2))
+    newer = FeatureStore.open(path)
+    with CachedFeatures(newer, ["t"], device="cpu") as source:
+        assert source.fetch(newer.rows(stream="weak"))["t"].shape[0] == 10
+    with pytest.raises(StoreError, match=r"are of version 2 of the recipe, and this rsmtdf makes version 1"):
+        view_maker(newer, reader=None, tiles={})

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsmtdf.errors import DatasetError
+from rsmtdf.errors import DatasetError, StoreMismatch
 from rsmtdf.specs import STREAMS, Stream, Tile, TileReader
 from rsmtdf.store.queries import coverage, next_generation
 from rsmtdf.store.segments import NewSegment
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.maker import ViewMaker
 from rsmtdf.views.matching import match_pool
-from rsmtdf.views.params import PARAM_DTYPE, draw_table
+from rsmtdf.views.params import PARAM_DTYPE, RECIPE_VERSION, draw_table
 
 Coverage = Mapping[Stream, Mapping[str, Collection[int]]]
 """Stream -> tile id -> the seeds of its views, computed or not."""
@@ -91,7 +91,14 @@ def view_maker(store: FeatureStore, *, reader: TileReader, tiles: Mapping[str, T
 
     Raises:
         DatasetError: the store has views of tiles that are not on disk.
+        StoreMismatch: its views are of a version of the recipe whose pixels this code does not make.
     """
+    if store.recipe.version != RECIPE_VERSION:
+        raise StoreMismatch(
+            f"the views of feature store {store.path} are of version {store.recipe.version} of the recipe, and this "
+            f"rsmtdf makes version {RECIPE_VERSION}; it was written by rsmtdf {store.versions.get('rsmtdf', '?')}: use "
+            "that version, or make a new store"
+        )
     ids = list(store.tile_ids)
     if gone := [t for t in ids if t not in tiles]:
         raise DatasetError(
