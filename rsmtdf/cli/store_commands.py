@@ -138,7 +138,7 @@ def cache_verify(
 ) -> None:
     """Check every stored byte, changing nothing. Exit code 1 if anything is damaged.
 
-    With --live, also whether the teachers still say what is stored (from the images, in full precision).
+    With --live, also whether the teachers still say what is stored, for which it needs them and the images.
     Example: rsmtdf cache verify feats.zarr --live 8
     """
     from rsmtdf.cli.care import Means, verify_store
