@@ -18,14 +18,15 @@ from rsmtdf.objects import StorePath
 from rsmtdf.specs import FeatureSpec, from_dict
 from rsmtdf.store.arrays import METADATA, PlainArray, decode_chunk, group_metadata, read_metadata, same_layout
 from rsmtdf.store.damage import Damage, Kind
-from rsmtdf.store.growth import LOCK_FILE, column_array, column_sha256, provenance_metadata
+from rsmtdf.store.growth import column_array, column_sha256, provenance_metadata
+from rsmtdf.store.locks import LOCK_FILE
 from rsmtdf.store.manifest import KEY, Manifest, checked, load
 from rsmtdf.store.places import files, names, read_each
 from rsmtdf.store.shards import ShardUnreachable, trouble
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import STATISTICS, StoredTeacher, moment_array, moment_sha256
 from rsmtdf.store.tiles import tile_arrays, tiles_sha256
-from rsmtdf.store.twins import damaged_twins
+from rsmtdf.store.twins import twins_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +172,13 @@ def _note_damage(file: StorePath, blob: bytes) -> str:
     return "" if json.dumps(note).encode() == blob else "is spelled otherwise than it was written"
 
 
-def check_twins(contents: Contents) -> Iterator[Damage]:
-    """Damage to the second copies, which only a repair looks at."""
-    for name in damaged_twins(contents.path, contents.manifest):
+def check_twins(contents: Contents) -> Iterator[Damage | str]:
+    """Damage to, and a remark on, the second copies, which only a repair looks at."""
+    damaged, behind = twins_state(contents.path, contents.manifest)
+    for name in damaged:
         yield Damage(kind="twin", file=contents.path / name, what="its checksum is not the one it carries")
+    if behind:
+        yield f"{behind} second copies of small files are missing or behind; the next change or repair writes them"
 
 
 def check_strays(contents: Contents, committed: Mapping[str, set[int]]) -> Iterator[str]:

@@ -247,6 +247,7 @@ def seal_finished(store: FeatureStore) -> None:
                 # Claimed until all is written, or a repair could withdraw a shard behind our back.
                 stack.enter_context(store.claims.claim(range(start // store.shard_views, stop // store.shard_views)))
                 ranges.append((start, stop))
+        store.claims.still_held()
         for array in (store.view_status_array, *(t.status for t in store.teachers.values())):
             finished = np.isin(state_of(array.read(store.n_rows)), (DONE, SKIPPED)) | ~real
             array.seal([r for r in ranges if finished[slice(*r)].all()], store.n_rows)

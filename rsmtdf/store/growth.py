@@ -21,14 +21,28 @@ from rsmtdf.errors import StoreError
 from rsmtdf.files import PARTIAL, fsync_dir
 from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.specs import STREAMS, DatasetSpec, Stream, ViewRecipe
-from rsmtdf.store.arrays import PlainArray, array_metadata, chunk_length, group_metadata, set_length, write_metadata
+from rsmtdf.store.arrays import (
+    METADATA,
+    PlainArray,
+    array_metadata,
+    chunk_length,
+    group_metadata,
+    set_length,
+    write_metadata,
+)
+from rsmtdf.store.leases import locks_of
+from rsmtdf.store.locks import LOCK_FILE
 from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, commit_first, library_versions
+from rsmtdf.store.places import remove_tree
 from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, plan_growth, view_keys
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout, resize_teacher
 from rsmtdf.store.tiles import write_tiles
 
-LOCK_FILE = "provenance/locks"
+MAKING_TIMEOUT_S = 300.0
+"""How long to wait for another process that is making the same store in object storage."""
+TWINS = "provenance/twins"
+"""Where second copies lie; see twins.py."""
 
 
 def make_store(
@@ -80,7 +94,7 @@ def make_store(
 def is_taken(path: StorePath) -> bool:
     """Whether something is at `path` that a new store must not replace."""
     if isinstance(path, ObjectPath):
-        # What a creation that was cut short left behind is the same as what is written now.
+        # Without the root's metadata the rest is what a creation that was cut short has left.
         return bool(set(path.names()) - {"tiles", "views", "teachers", "provenance"})
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
@@ -96,9 +110,7 @@ def make_whole(path: StorePath, fill: Callable[[StorePath], Manifest]) -> None:
         OSError: it cannot be written, or a store has appeared there meanwhile (EEXIST, ENOTEMPTY).
     """
     if isinstance(path, ObjectPath):
-        # The root's metadata come last, and only where nobody else has put theirs meanwhile.
-        if not commit_first(path, fill(path)):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        _make_objects(path, fill)
         return
     building = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
@@ -110,6 +122,21 @@ def make_whole(path: StorePath, fill: Callable[[StorePath], Manifest]) -> None:
         fsync_dir(path.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _make_objects(path: ObjectPath, fill: Callable[[StorePath], Manifest]) -> None:
+    """Makes the store in place: nothing is a store before its root's metadata, which come last."""
+    locks = locks_of(path)
+    with locks.mutex(timeout_s=MAKING_TIMEOUT_S):
+        if (path / METADATA).exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        # What a creation that was cut short has left would be taken for this store's.
+        for folder in ("tiles", "views", "teachers", TWINS):
+            remove_tree(path / folder)
+        manifest = fill(path)
+        locks.still_held()
+        if not commit_first(path, manifest):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _write_nodes(path: StorePath, manifest: Manifest) -> Manifest:
@@ -164,6 +191,10 @@ def grow_store(
         taken=_taken(manifest, columns),
     )
     try:
+        views = StatusArray(path=path / "views" / "status", shard_views=manifest.shard_views)
+        for status in (views, *(t.status for t in teachers.values())):
+            status.forget_beyond(manifest.n_rows)
+        on_step("old words")
         tiles = write_tiles(path, manifest.tiles, old=tile_ids, new=growth.new_tiles)
         on_step("tiles")
         entries: dict[str, Column] = {}

@@ -23,8 +23,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from rsmtdf.errors import StoreError
-from rsmtdf.objects import ObjectPath, Version
-from rsmtdf.store.locks import runs
+from rsmtdf.objects import ObjectPath, StorePath, Version
+from rsmtdf.store.locks import LOCK_FILE, Locks, StoreLocks, runs
 from rsmtdf.store.renewal import LEASE_S, PATIENCE, RENEWALS, Lease, Watch, elapsed_s, parsed
 
 T = TypeVar("T")
@@ -291,3 +291,18 @@ class ObjectLocks:
                 "put, so its writers could not exclude each other; write the store on a disk and copy it there"
             )
         self._tested = True
+
+
+def locks_of(path: StorePath) -> Locks:
+    """The locks of the store at `path`, which need nothing of it to be sound."""
+    if isinstance(path, ObjectPath):
+        return ObjectLocks(store=path, folder=path / "provenance")
+    return StoreLocks(store=path, file=path / LOCK_FILE)
+
+
+def for_writing(path: StorePath) -> StorePath:
+    """`path`, where a put on an object store is given up well before the lease of its owner can be taken over."""
+    if not isinstance(path, ObjectPath):
+        return path
+    bucket = dataclasses.replace(path.bucket, retry_s=min(path.bucket.retry_s, LEASE_S / 2))
+    return dataclasses.replace(path, bucket=bucket)

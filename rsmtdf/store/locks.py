@@ -27,6 +27,8 @@ fcntl: Any = importlib.import_module("fcntl") if os.name != "nt" else None
 
 log = logging.getLogger(__name__)
 
+LOCK_FILE = "provenance/locks"
+"""In a store on a disk."""
 _SLOT = 64
 """Bytes of the lock file per lock: they hold the owner's name, for the message of whoever is refused."""
 _FLOCK = "hhqqi4x"

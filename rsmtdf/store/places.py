@@ -6,6 +6,8 @@ object store by the put itself. Folders exist on disks only; on an object store 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -62,8 +64,30 @@ def read(path: StorePath) -> bytes | None:
         raise unreachable(path, error) from error
 
 
+@contextlib.contextmanager
+def explained(path: StorePath) -> Iterator[None]:
+    """Turns an OSError about a file of the store at `path` into a StoreError that says what to do.
+
+    Raises:
+        StoreError: a file of the store could not be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError) or not str(error.filename or "").startswith(str(path)):
+            raise
+        raise StoreError(
+            f"feature store {path}: {error.strerror} ({error.filename}). Nothing half-written counts; free space, or "
+            "mend the disk, the network or the permissions, then run the same command again"
+        ) from error
+
+
 def unreachable(path: StorePath, error: OSError) -> StoreError:
     """The error for what cannot be read now, whatever is in it."""
+    if error.errno == errno.ENOTSUP:
+        return StoreError(
+            f"{path}: {error.strerror}. A store there can be trained from; for this, copy it to a disk or a bucket"
+        )
     return StoreError(
         f"cannot read {path}: {error.strerror or error}. Nothing is known to be wrong with the store: check the disk, "
         "the network and the permissions, then run the same command again"
@@ -80,13 +104,15 @@ def read_each(paths: Sequence[StorePath]) -> list[bytes | None]:
 
 def names(folder: StorePath) -> list[str]:
     """The names in a folder; none where it does not exist."""
-    if isinstance(folder, ObjectPath):
-        return folder.names()
     try:
+        if isinstance(folder, ObjectPath):
+            return folder.names()
         with os.scandir(folder) as entries:
             return [e.name for e in entries]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise unreachable(folder, error) from error
 
 
 def can_list(folder: StorePath) -> bool:
@@ -97,7 +123,7 @@ def can_list(folder: StorePath) -> bool:
 def files(folder: StorePath) -> Iterator[StorePath]:
     """Every file below a folder."""
     if isinstance(folder, ObjectPath):
-        yield from (folder / key for key, _ in folder.walk())
+        yield from (folder / key for key, _ in _walk(folder))
     else:
         yield from (file for file in folder.rglob("*") if file.is_file())
 
@@ -105,7 +131,7 @@ def files(folder: StorePath) -> Iterator[StorePath]:
 def sizes(folder: StorePath) -> Iterator[tuple[str, int]]:
     """Name and bytes of each file below a folder; files that vanish meanwhile (temporary ones) do not count."""
     if isinstance(folder, ObjectPath):
-        yield from ((key.rpartition("/")[2], n) for key, n in folder.walk())
+        yield from ((key.rpartition("/")[2], n) for key, n in _walk(folder))
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -169,6 +195,13 @@ def free_bytes(path: StorePath) -> int | None:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def _walk(folder: ObjectPath) -> list[tuple[str, int]]:
+    try:
+        return list(folder.walk())
+    except OSError as error:
+        raise unreachable(folder, error) from error
 
 
 def _put_file(path: Path, parts: Sequence[bytes | np.ndarray]) -> int:

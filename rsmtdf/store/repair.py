@@ -8,7 +8,7 @@ teachers' attributes and statistics, columns, tile ids) comes from its second co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,19 @@ import numpy as np
 from rsmtdf.errors import StoreCorrupt
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
-from rsmtdf.store.arrays import write_metadata
+from rsmtdf.store.arrays import METADATA, write_metadata
 from rsmtdf.store.audit import Contents, check_tables, expected_metadata, read_contents
 from rsmtdf.store.damage import Damage
-from rsmtdf.store.places import remove
+from rsmtdf.store.leases import for_writing, locks_of
+from rsmtdf.store.places import explained, remove
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, state_of, word
-from rsmtdf.store.store import LOCK_TIMEOUT_S, locks_of
+from rsmtdf.store.store import LOCK_TIMEOUT_S
 from rsmtdf.store.twins import keep_twins, restore_twins
 from rsmtdf.store.verify import Progress, VerifyReport, is_view, verify
 
 _IRREPLACEABLE = ("manifest", "teacher", "table")
+_HIDING = ("manifest", "teacher")
+"""Damage behind which other damage cannot be seen."""
 
 
 @dataclass(kw_only=True)
@@ -69,37 +72,42 @@ def repair(path: StorePath, *, stop: StopFlag, progress: Progress = lambda done,
         StoreError: somebody is writing to it, it cannot be written, or its format is of another version.
         Interrupted: a signal came.
     """
+    path = for_writing(path)
     read_contents(path)  # whatever its state, it is a store
     locks = locks_of(path)  # a damaged store could not be opened
-    with locks.mutex(timeout_s=LOCK_TIMEOUT_S), locks.all_shards(purpose="repair"):
+    with explained(path), locks.mutex(timeout_s=LOCK_TIMEOUT_S), locks.all_shards(purpose="repair"):
         found = verify(path, stop=stop, progress=progress)
         report = RepairReport(found=found)
         if any(d.kind in _IRREPLACEABLE for d in found.damage):
+            locks.still_held()
             _restore(path, report)
-            if any(d.kind == "manifest" for d in found.damage):
+            if any(d.kind in _HIDING for d in found.damage):
                 # Only now can the rest be looked at.
                 rest = verify(path, stop=stop, progress=progress)
                 found.damage += [d for d in rest.damage if d not in found.damage]
                 found.teachers = rest.teachers
+                found.bytes_read, found.seconds = found.bytes_read + rest.bytes_read, found.seconds + rest.seconds
         contents = read_contents(path)
         if isinstance(contents, Damage):
             report.not_repaired = [contents]
         else:
-            _Mender(contents, report).mend()
+            _Mender(contents, report, still_held=locks.still_held).mend()
     return report
 
 
 def _restore(path: StorePath, report: RepairReport) -> None:
     """Takes what nothing can recompute from its second copy."""
     with contextlib.suppress(StoreCorrupt):  # not even the copy of the manifest is sound
-        report.repaired += [f"{path / file}: restored from its second copy" for file in restore_twins(path)]
+        for file in restore_twins(path):
+            late = "; what the very last change added may have to be added again" if file == METADATA else ""
+            report.repaired.append(f"{path / file}: restored from its second copy{late}")
 
 
 class _Mender:
     """Acts on each kind of damage; the caller owns the store and all its shards."""
 
-    def __init__(self, contents: Contents, report: RepairReport) -> None:
-        self._contents, self._report = contents, report
+    def __init__(self, contents: Contents, report: RepairReport, *, still_held: Callable[[], None]) -> None:
+        self._contents, self._report, self._still_held = contents, report, still_held
         self._real = is_view(contents)
         self._rows: dict[str, set[int]] = {name: set() for name in contents.teachers}
         per = contents.manifest.shard_views
@@ -129,6 +137,7 @@ class _Mender:
     def _statuses(self, damage: Iterable[Damage]) -> None:
         broken = {d.teacher: [x for x in damage if x.teacher == d.teacher] for d in damage}
         for teacher, some in broken.items():
+            self._still_held()
             status = self._views if teacher is None else self._contents.teachers[teacher].status
             if status.drop_damaged_seal():
                 self._report.repaired.append(f"{status.sealed_file}: dropped, the chunk files beside it hold the same")
@@ -162,12 +171,14 @@ class _Mender:
             if d.teacher is not None and d.shard is not None and d.row is not None:
                 slots.setdefault((d.teacher, d.shard), []).append(d.row - d.shard * per)
         for (name, shard), some in slots.items():
+            self._still_held()
             _withdraw(self._contents.teachers[name].status, shard, some)
             self._rows[name].update(shard * per + slot for slot in some)
 
     def _metadata(self, damage: Iterable[Damage]) -> None:
         expected = expected_metadata(self._contents)
         for d in damage:
+            self._still_held()
             write_metadata(d.file.parent, expected[d.file.parent])
             self._did(d, "written again")
 

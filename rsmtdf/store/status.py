@@ -125,6 +125,19 @@ class StatusArray:
         everything = {*self._read_sealed(), *ranges}
         self._write_sealed({(start, stop): words[start:stop] for start, stop in everything})
 
+    def forget_beyond(self, n_rows: int) -> None:
+        """Removes words of rows from `n_rows` on, which are not committed: those of a later state, say, whose manifest
+        was lost. Rows added now must not find them.
+
+        The caller owns the store and all its shards.
+        """
+        parts = self._read_sealed()
+        if any(stop > n_rows for _, stop in parts):
+            self._write_sealed({r: w for r, w in parts.items() if r[1] <= n_rows})
+        for shard in self._shards_on_disk():
+            if shard >= n_rows // self.shard_views:
+                remove(self.chunk_file(shard))
+
     def drop_damaged_seal(self) -> bool:
         """Removes the sealed file if it is damaged (the chunk files hold the same words); whether it was.
 

@@ -16,23 +16,22 @@ from typing import Any
 import numpy as np
 
 from rsmtdf.errors import StoreError, StoreIncomplete, StoreMismatch
-from rsmtdf.objects import ObjectPath, StorePath, store_path
+from rsmtdf.objects import StorePath, store_path
 from rsmtdf.specs import DatasetSpec, FeatureSpec, Stream, ViewRecipe
 from rsmtdf.store import commit, report
 from rsmtdf.store.arrays import damaged
 from rsmtdf.store.commit import Features
 from rsmtdf.store.growth import (
-    LOCK_FILE,
     column_array,
     column_sha256,
     grow_store,
     make_store,
     settle,
 )
-from rsmtdf.store.leases import ObjectLocks
-from rsmtdf.store.locks import Locks, StoreLocks
+from rsmtdf.store.leases import for_writing, locks_of
 from rsmtdf.store.manifest import Manifest, differences, identity_fields, load
 from rsmtdf.store.manifest import commit as commit_manifest
+from rsmtdf.store.places import explained
 from rsmtdf.store.segments import STRUCTURE, NewSegment, Segment
 from rsmtdf.store.statistics import Moments
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of, word
@@ -89,7 +88,7 @@ class FeatureStore:
         Raises:
             StoreError: something is at `path`, or it cannot be written.
         """
-        path = store_path(path)
+        path = for_writing(store_path(path))
         make_store(
             path,
             recipe=recipe,
@@ -112,12 +111,15 @@ class FeatureStore:
             StoreError: its format is of another version.
         """
         path = store_path(path)
+        if writable:
+            path = for_writing(path)
         store = cls(path=path, manifest=load(path), writable=writable)
         if writable:
             # Somebody who is changing it right now will leave it in order.
             with contextlib.suppress(StoreError), store.locked(timeout_s=0):
                 store.refresh()  # somebody may have changed it between reading and locking
                 settle(path, store._manifest, store.teachers)
+                keep_twins(path, store._manifest)
         return store
 
     # What it is
@@ -359,6 +361,7 @@ class FeatureStore:
         """
         self._require_writable()
         with self._changing, contextlib.ExitStack() as stack:
+            stack.enter_context(explained(self.path))
             if self._depth == 0:
                 stack.enter_context(self.claims.mutex(timeout_s=timeout_s))
             self._depth += 1
@@ -482,7 +485,7 @@ class FeatureStore:
             StoreError: another owner has one of them, in this process or another.
         """
         self._require_writable()
-        with self.claims.claim(shards):
+        with explained(self.path), self.claims.claim(shards):
             with self._owned_lock:
                 self._owned.extend(shards)
             try:
@@ -583,10 +586,3 @@ class FeatureStore:
     def _require_writable(self) -> None:
         if not self.writable:
             raise StoreError(f"feature store {self.path} is open for reading; open it with writable=True to change it")
-
-
-def locks_of(path: StorePath) -> Locks:
-    """The locks of the store at `path`, which need nothing of it to be sound."""
-    if isinstance(path, ObjectPath):
-        return ObjectLocks(store=path, folder=path / "provenance")
-    return StoreLocks(store=path, file=path / LOCK_FILE)

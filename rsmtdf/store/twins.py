@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from rsmtdf.errors import StoreError
 from rsmtdf.objects import StorePath
-from rsmtdf.store.arrays import CRC_BYTES, METADATA, group_metadata, metadata_bytes
+from rsmtdf.store.arrays import CRC_BYTES, METADATA, PlainArray, group_metadata, metadata_bytes
 from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.growth import TWINS, column_array, column_sha256
 from rsmtdf.store.manifest import KEY, Manifest, checked, load
 from rsmtdf.store.places import names, put, read_each, remove_tree
+from rsmtdf.store.tiles import tile_arrays, tiles_sha256
 
 log = logging.getLogger(__name__)
-
-TWINS = "provenance/twins"
 
 
 def keep_twins(path: StorePath, manifest: Manifest) -> None:
@@ -34,9 +37,18 @@ def keep_twins(path: StorePath, manifest: Manifest) -> None:
     """
     files = [METADATA, *_irreplaceable(manifest)]
     try:
-        for file, data, twin in zip(files, _read(path, files), _read(path / TWINS, files), strict=True):
-            if data is not None and data != twin and _is_sound(file, data):
-                put(path / TWINS / file, data)
+        data = dict(zip(files, _read(path, files), strict=True))
+        twins = dict(zip(files, _read(path / TWINS, files), strict=True))
+        if data == twins:
+            return
+        # Tables of other values than the manifest's may be whole all the same.
+        wrong = {
+            f for table in _tables(manifest) if not table.agrees([data[f] for f in table.files]) for f in table.files
+        }
+        for file in files:
+            found = data[file]
+            if found is not None and found != twins[file] and file not in wrong and _is_sound(file, found):
+                put(path / TWINS / file, found)
         for gone in set(names(path / TWINS / "teachers")) - set(manifest.teachers):
             remove_tree(path / TWINS / "teachers" / gone)
     except (OSError, StoreError) as error:
@@ -52,11 +64,19 @@ def damaged_files(path: StorePath) -> list[str]:
     return [file for file, _ in _restorable(path)]
 
 
-def damaged_twins(path: StorePath, manifest: Manifest) -> list[str]:
-    """Twins of the store at `path` that are there and damaged, relative to it; `keep_twins` writes them again."""
+def twins_state(path: StorePath, manifest: Manifest) -> tuple[list[str], int]:
+    """Twins of the store at `path` that are damaged, relative to it, and how many are missing or behind.
+
+    `keep_twins` writes all of these again.
+    """
     files = [METADATA, *_irreplaceable(manifest)]
-    pairs = zip(files, _read(path / TWINS, files), strict=True)
-    return [f"{TWINS}/{file}" for file, twin in pairs if twin is not None and not _is_sound(file, twin)]
+    damaged, behind = [], 0
+    for file, data, twin in zip(files, _read(path, files), _read(path / TWINS, files), strict=True):
+        if twin is not None and not _is_sound(file, twin):
+            damaged.append(f"{TWINS}/{file}")
+        elif twin != data and _sound(file, data):
+            behind += 1
+    return damaged, behind
 
 
 def restore_twins(path: StorePath) -> list[str]:
@@ -84,9 +104,59 @@ def _restorable(path: StorePath) -> Iterator[tuple[str, bytes]]:
     else:
         manifest = load(path)
     files = list(_irreplaceable(manifest))
-    for file, data, twin in zip(files, _read(path, files), _read(path / TWINS, files), strict=True):
-        if twin is not None and _sound(file, twin) and not _sound(file, data):
+    data = dict(zip(files, _read(path, files), strict=True))
+    twins = dict(zip(files, _read(path / TWINS, files), strict=True))
+    restored = set()
+    for file in files:
+        if (twin := twins[file]) is not None and _sound(file, twin) and not _sound(file, data[file]):
+            restored.add(file)
             yield file, twin
+    # Whole chunks that are not those of the manifest: another process's, say, or of another moment.
+    for table in _tables(manifest):
+        now = [twins[f] if f in restored else data[f] for f in table.files]
+        if not table.agrees(now) and table.agrees([twins[f] for f in table.files]):
+            changed = [f for f in table.files if f not in restored and twins[f] != data[f]]
+            yield from ((f, twin) for f in changed if (twin := twins[f]) is not None)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Chunks whose values have one digest in the manifest: a column, or the tile ids."""
+
+    arrays: tuple[tuple[PlainArray, int], ...]
+    """Each with its number of values."""
+    sha256: str
+    digest: Callable[..., str]
+
+    @property
+    def files(self) -> list[str]:
+        return [f for array, n in self.arrays for f in _chunks(str(array.path), n, array.chunk)]
+
+    def agrees(self, blobs: Sequence[bytes | None]) -> bool:
+        """Whether these contents of `files` have the digest."""
+        left, values = list(blobs), []
+        for array, n in self.arrays:
+            parts = [left.pop(0) for _ in range(-(-n // array.chunk))]
+            if any(b is None or not _is_sound("c", b) or len(b) != _chunk_bytes(array) for b in parts):
+                return False
+            raw = b"".join(b[:-CRC_BYTES] for b in parts if b is not None)
+            values.append(np.frombuffer(raw, np.dtype(array.dtype).newbyteorder("<"))[:n].astype(array.dtype))
+        return self.digest(*values) == self.sha256
+
+
+def _tables(manifest: Manifest) -> Iterator[_Table]:
+    here = Path()
+    for name, column in manifest.columns.items():
+        array = column_array(here, name, column)
+        yield _Table(arrays=((array, manifest.n_rows),), sha256=column.sha256, digest=column_sha256)
+    if (tiles := manifest.tiles).count:
+        id_bytes, id_offsets = tile_arrays(here, tiles)
+        arrays = ((id_bytes, tiles.id_bytes), (id_offsets, tiles.count + 1))
+        yield _Table(arrays=arrays, sha256=tiles.sha256, digest=tiles_sha256)
+
+
+def _chunk_bytes(array: PlainArray) -> int:
+    return array.chunk * np.dtype(array.dtype).itemsize + CRC_BYTES
 
 
 def _irreplaceable(manifest: Manifest) -> Iterator[str]:

@@ -138,9 +138,9 @@ def verify(
 def _small_damage(contents: Contents | Damage) -> tuple[list[Damage], list[str]]:
     if isinstance(contents, Damage):
         return [contents], []
-    metadata = list(audit.check_metadata(contents))
+    metadata = [*audit.check_metadata(contents), *audit.check_twins(contents)]
     damage = [*contents.damage, *(d for d in metadata if isinstance(d, Damage))]
-    damage += [*audit.check_tables(contents), *audit.check_notes(contents), *audit.check_twins(contents)]
+    damage += [*audit.check_tables(contents), *audit.check_notes(contents)]
     return damage, [line for line in metadata if isinstance(line, str)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 
 from rsmtdf.errors import StoreCorrupt, StoreError
+from rsmtdf.signals import StopFlag
 from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.repair import repair
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.twins import TWINS, damaged_files, restore_twins
+from rsmtdf.store.verify import verify
 
 
 def flip(file: Path, at: int, bit: int = 3) -> None:
@@ -95,3 +100,86 @@ def test_reserved_teacher_names(kit, path):
     store = kit.full(path)
     with pytest.raises(StoreError, match="teacher name 'twins' cannot be a folder"):
         kit.add_teacher(store, "twins")
+
+
+def test_words_of_a_lost_change_are_not_taken_for_those_of_the_next(kit, path, monkeypatch):
+    """The twins are one change behind, and then the manifest is lost: what is added next must be computed."""
+    store = kit.create(path)
+    store.extend([kit.weak()])
+    kit.add_teacher(store)
+    kit.fill(store)
+    with monkeypatch.context() as patch:
+        patch.setattr("rsmtdf.store.store.keep_twins", lambda *_: None)  # as a kill right after the commit
+        store.extend([kit.strong(5, seed=0)])
+    kit.fill(store)
+    store.seal()
+    flip(path / "zarr.json", 300)
+    report = repair(path, stop=StopFlag())
+    assert any("may have to be added again" in line for line in report.repaired)
+    store = FeatureStore.open(path, writable=True)
+    assert store.n_views == 10
+    store.extend([kit.strong(5, seed=7, first_tile=20)])
+    new = store.rows(stream="strong", seed=7)
+    assert not store.usable(["t"])[new].any()
+    assert store.pending_rows(["t"]).tolist() == new.tolist()
+    kit.fill(store)
+    assert verify(path, stop=StopFlag()).is_sound
+
+
+def test_the_next_writer_brings_twins_up_to_date(kit, path, monkeypatch):
+    store = kit.full(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("rsmtdf.store.store.keep_twins", lambda *_: None)
+        store.amend(experiment={"n": 9})
+    assert verify(path, stop=StopFlag()).remarks == [
+        "1 second copies of small files are missing or behind; the next change or repair writes them"
+    ]
+    FeatureStore.open(path, writable=True)
+    assert (path / TWINS / "zarr.json").read_bytes() == (path / "zarr.json").read_bytes()
+    shutil.rmtree(path / TWINS)
+    assert "missing or behind" in verify(path, stop=StopFlag()).remarks[0]
+
+
+def test_a_whole_table_that_is_not_the_manifests(kit, path, tmp_path):
+    """Another store's tile ids, each chunk sound: only their digest tells, and the good twin survives writers."""
+    kit.full(path)
+    other = kit.create(tmp_path / "other")
+    other.extend([kit.weak(5, first_tile=3), kit.strong(), kit.strong(3, generation=1, first_tile=5)])
+    good = (path / "tiles" / "id_bytes" / "c.0").read_bytes()
+    shutil.copy(other.path / "tiles" / "id_bytes" / "c.0", path / "tiles" / "id_bytes" / "c.0")
+    FeatureStore.open(path, writable=True)
+    assert not verify(path, stop=StopFlag()).is_sound
+    report = repair(path, stop=StopFlag())
+    assert report.not_repaired == []
+    assert (path / "tiles" / "id_bytes" / "c.0").read_bytes() == good
+    assert verify(path, stop=StopFlag()).is_sound
+
+
+def test_repair_looks_again_once_a_teacher_can_be_read(kit, path):
+    kit.full(path)
+    flip(path / "teachers" / "t" / "zarr.json", 200)
+    flip(path / "teachers" / "t" / "features" / "c.1.0.0", 10)
+    report = repair(path, stop=StopFlag())
+    assert report.not_repaired == []
+    assert report.withdrawn == {"t": [4]}
+    assert verify(path, stop=StopFlag()).is_sound
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_disk_that_fails_during_small_changes_is_explained(kit, path, monkeypatch, call):
+    store = kit.full(path)
+
+    def fail(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path / "zarr.json"))
+
+    changes = {
+        "amend": lambda: store.amend(experiment={"n": 4}),
+        "add_teacher": lambda: kit.add_teacher(store, "u"),
+        "seal": store.seal,
+    }
+    for name, change in changes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(StoreError, match=r"feature store .*No space left on device"):
+                change()
+        assert verify(path, stop=StopFlag()).is_sound, name
