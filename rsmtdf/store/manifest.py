@@ -124,6 +124,8 @@ def load(path: StorePath) -> Manifest:
         StoreError: it is of a format or a spec version that this code does not know.
     """
     if read(path / METADATA) is None:
+        if read(path / "views" / "status" / METADATA) is not None:  # no other tool makes this
+            raise damaged(path / METADATA, "is missing, though the rest of a feature store is there")
         state = "a folder without Zarr metadata" if path.is_dir() else "a file" if path.exists() else "nothing"
         raise StoreNotFound(f"no feature store at {path}: there is {state}. Make one with: rsmtdf cache-features")
     attributes = read_metadata(path).get("attributes")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rsmtdf.errors import StoreCorrupt
+from rsmtdf.errors import StoreCorrupt, StoreError
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store.arrays import METADATA, write_metadata
@@ -23,8 +23,8 @@ from rsmtdf.store.damage import Damage
 from rsmtdf.store.leases import for_writing, locks_of
 from rsmtdf.store.places import explained, remove
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, state_of, word
-from rsmtdf.store.store import LOCK_TIMEOUT_S
-from rsmtdf.store.twins import keep_twins, restore_twins
+from rsmtdf.store.store import LOCK_TIMEOUT_S, FeatureStore
+from rsmtdf.store.twins import keep_twins, restore_twins, twins_state
 from rsmtdf.store.verify import Progress, VerifyReport, is_view, verify
 
 _IRREPLACEABLE = ("manifest", "teacher", "table")
@@ -59,13 +59,20 @@ class RepairReport:
         }
 
 
-def repair(path: StorePath, *, stop: StopFlag, progress: Progress = lambda done, total: None) -> RepairReport:
+def repair(
+    path: StorePath,
+    *,
+    stop: StopFlag,
+    progress: Progress = lambda done, total: None,
+    before: Callable[[VerifyReport], None] = lambda found: None,
+) -> RepairReport:
     """Verifies the store at `path` and puts it in order: whatever is then called done is sound.
 
     Args:
         path: the store; nobody may be writing to it meanwhile.
         stop: ends the check between shards; nothing was changed then.
         progress: told bytes checked, and bytes in all.
+        before: called with what was found, before anything is changed; an error it raises ends the repair there.
 
     Raises:
         StoreNotFound: there is no store.
@@ -77,6 +84,7 @@ def repair(path: StorePath, *, stop: StopFlag, progress: Progress = lambda done,
     locks = locks_of(path)  # a damaged store could not be opened
     with explained(path), locks.mutex(timeout_s=LOCK_TIMEOUT_S), locks.all_shards(purpose="repair"):
         found = verify(path, stop=stop, progress=progress)
+        before(found)
         report = RepairReport(found=found)
         if any(d.kind in _IRREPLACEABLE for d in found.damage):
             locks.still_held()
@@ -92,6 +100,9 @@ def repair(path: StorePath, *, stop: StopFlag, progress: Progress = lambda done,
             report.not_repaired = [contents]
         else:
             _Mender(contents, report, still_held=locks.still_held).mend()
+    if report.repaired:
+        with contextlib.suppress(StoreError):  # of what cannot be opened yet, nothing is sealed
+            FeatureStore.open(path, writable=True).seal()
     return report
 
 
@@ -127,9 +138,14 @@ class _Mender:
         for damage in by_kind.get("note", []):
             remove(damage.file)
             self._did(damage, "removed, for nothing reads it back")
-        keep_twins(self._contents.path, self._contents.manifest)
+        path, manifest = self._contents.path, self._contents.manifest
+        keep_twins(path, manifest)
+        still = {path / name for name in twins_state(path, manifest)[0]}
         for damage in by_kind.get("twin", []):
-            self._did(damage, "written again")
+            if damage.file in still:
+                self._report.not_repaired.append(damage)
+            else:
+                self._did(damage, "written again")
         self._report.not_repaired += self._contents.damage
         self._report.not_repaired += check_tables(self._contents)
         self._report.withdrawn = {name: sorted(rows) for name, rows in self._rows.items() if rows}

@@ -224,7 +224,7 @@ class StatusArray:
         body, crc = blob[:-4], int.from_bytes(blob[-4:], "little")
         if not body.startswith(_MAGIC) or crc32c(body) != crc:
             raise damaged(
-                self.sealed_file, "checksum differs: bytes have changed (deleting this file is safe: chunks remain)"
+                self.sealed_file, "checksum differs: bytes have changed (the chunks beside it hold the same words)"
             )
         numbers = np.frombuffer(body, "<u8", offset=len(_MAGIC))
         n = int(numbers[0])

@@ -73,6 +73,8 @@ class VerifyReport:
     @property
     def is_complete(self) -> bool:
         """Whether every view is done or skipped, for every teacher."""
+        if any(d.kind in {"manifest", "teacher"} for d in self.damage):
+            return False  # nobody can tell
         return bool(self.teachers) and all(t.done + t.skipped == t.total for t in self.teachers.values())
 
     def as_dict(self) -> dict[str, Any]:
