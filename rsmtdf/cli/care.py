@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from rsmtdf.store.verify import VerifyReport, verify
 if TYPE_CHECKING:
     from rsmtdf.stages.care import LiveCheck
 
+_SUM = re.compile(r"\b[0-9a-f]{8}\b")
 FEW = 3
 """Views of a file with the same thing wrong that are named one by one."""
 SHOWN = 20
@@ -148,7 +150,7 @@ def _plan_text(path: StorePath, found: VerifyReport) -> list[str]:
     for name, t in found.teachers.items():
         damaged = sum(d.kind == "features" and d.teacher == name for d in found.damage)
         if n := damaged + t.total - t.done:
-            lines.append(f"would do   teacher {name}: compute {n:,} view(s)")
+            lines.append(f"would do   teacher {name}: compute {n:,} views")
     if any(d.kind in {"manifest", "teacher"} for d in found.damage):
         lines.append("would do   check again what could not be looked at without these files, and repair that too")
     return lines or ["would do   nothing"]
@@ -181,17 +183,16 @@ def _live_text(name: str, check: LiveCheck) -> list[str]:
 
 
 def _by_file(damage: Sequence[Damage]) -> list[str]:
-    """One line per finding, and one per file where many of its views have the same thing wrong."""
+    """One line per finding, and one per file where many of its views have the same kind of thing wrong."""
     same: dict[tuple[str, str], list[Damage]] = {}
     for d in damage:
-        same.setdefault((str(d.file), d.what), []).append(d)
+        same.setdefault((str(d.file), _SUM.sub("...", d.what)), []).append(d)
     lines = []
     for (file, what), some in same.items():
         rows = [d.row for d in some if d.row is not None]
         if len(rows) > FEW:
-            lines.append(
-                f"teacher {some[0].teacher!r}, {len(rows):,} views (rows {min(rows)} to {max(rows)}), {file}: {what}"
-            )
+            span = f"{len(rows):,} views (rows {min(rows)} to {max(rows)})"
+            lines.append(f"teacher {some[0].teacher!r}, {span}, file {file}: {what}")
         else:
             lines += [d.text() for d in some]
     return lines

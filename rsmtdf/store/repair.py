@@ -141,13 +141,13 @@ class _Mender:
         path, manifest = self._contents.path, self._contents.manifest
         keep_twins(path, manifest)
         still = {path / name for name in twins_state(path, manifest)[0]}
+        self._report.not_repaired += self._contents.damage
+        self._report.not_repaired += check_tables(self._contents)
         for damage in by_kind.get("twin", []):
             if damage.file in still:
                 self._report.not_repaired.append(damage)
             else:
                 self._did(damage, "written again")
-        self._report.not_repaired += self._contents.damage
-        self._report.not_repaired += check_tables(self._contents)
         self._report.withdrawn = {name: sorted(rows) for name, rows in self._rows.items() if rows}
 
     def _statuses(self, damage: Iterable[Damage]) -> None:

@@ -118,7 +118,7 @@ def test_a_damaged_seal_is_dropped_for_the_chunks(kit, path):
     sealed = path / "teachers/t/status/sealed"
     flip(sealed, 40)
     assert mend(path).repaired == [f"{sealed}: dropped, the chunk files beside it hold the same"]
-    assert not sealed.exists()
+    assert sealed.exists(), "and made anew"
     assert is_sound(path)
     assert is_whole(kit, path)
 
@@ -169,7 +169,7 @@ def test_what_nothing_can_recompute_comes_from_its_second_copy(kit, path, name):
     report = mend(path)
     assert report.not_repaired == []
     assert report.withdrawn == {}
-    assert f"{path / name}: restored from its second copy" in report.repaired
+    assert any(line.startswith(f"{path / name}: restored from its second copy") for line in report.repaired)
     assert (path / name).read_bytes() == good
     assert is_sound(path)
     assert is_whole(kit, path)
@@ -183,7 +183,11 @@ def test_what_cannot_be_repaired_is_named_and_the_rest_is_put_in_order(path, nam
         flip(file, 200 if name.endswith("json") else 0)
     flip(path / "provenance/t/3.json", 20)
     report = mend(path)
-    assert [d.file for d in report.not_repaired] == [path / name]
+    # With its manifest, nobody can tell what else should be there.
+    assert [d.file for d in report.not_repaired] == [
+        path / name,
+        *([path / TWINS / name] if name != "zarr.json" else []),
+    ]
     assert report.withdrawn == {}
     assert any("3.json" in line for line in report.repaired) == (name != "zarr.json")
     assert next(d.file for d in verify(path, stop=StopFlag()).damage if d.kind != "twin") == path / name
@@ -206,7 +210,7 @@ def test_two_teachers_two_kinds_of_damage(kit, path):
     flip(path / TWINS / "teachers/t/zarr.json", 200)
     flip(path / "teachers/u/token_scale/c.0.0")
     report = mend(path)
-    assert [d.teacher for d in report.not_repaired] == ["t"]
+    assert [d.teacher for d in report.not_repaired] == ["t", None]
     assert report.withdrawn == {"u": [0]}
 
 
