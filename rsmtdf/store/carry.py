@@ -14,8 +14,24 @@ from rsmtdf.signals import StopFlag
 from rsmtdf.store.places import free_bytes
 from rsmtdf.store.reader import FeatureReader
 
+AT_A_TIME = 8
+"""Views decoded at a time: a float32 view is four times one in int8, and only its encoded form waits for its shard."""
 RECODED_FROM = "recoded_from"
 """In a teacher's statistics, beside their rule: the codecs that its values went through before."""
+
+
+def tell_sound(reader: FeatureReader, rows: Sequence[int]) -> tuple[list[int], dict[int, str]]:
+    """Those of `rows` that are sound, and what is wrong with each of the others."""
+    good: list[int] = []
+    bad: dict[int, str] = {}
+    for row in rows:
+        try:
+            reader.get_many([row])
+        except StoreCorrupt as error:
+            bad[row] = str(error.__cause__ or "its checksum is not the one in the status word")
+        else:
+            good.append(row)
+    return good, bad
 
 
 def read_sound(
@@ -25,15 +41,17 @@ def read_sound(
     try:
         return rows.tolist(), reader.get_many(rows)
     except StoreCorrupt:
-        good = []
-        for row in rows.tolist():
-            try:
-                reader.get_many([row])
-            except StoreCorrupt as error:
-                bad[row] = str(error.__cause__ or "its checksum is not the one in the status word")
-            else:
-                good.append(row)
+        good, found = tell_sound(reader, rows.tolist())
+        bad.update(found)
         return good, reader.get_many(good)
+
+
+def joined(
+    kept: Sequence[int], old: Mapping[str, np.ndarray], added: Sequence[int], new: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The arrays of the rows that a shard keeps and of those that it gets, rows ascending."""
+    order = np.argsort(np.array([*kept, *added], np.int64))
+    return {name: np.concatenate([old[name], new[name]])[order] for name in new}
 
 
 def in_parallel(

@@ -13,6 +13,7 @@ from rsmtdf.errors import StoreCorrupt
 from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import read_metadata, same_layout
 from rsmtdf.store.audit import Contents
+from rsmtdf.store.carry import tell_sound
 from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.scan import Finding, ShardScanner
 from rsmtdf.store.status import DONE, state_of
@@ -39,16 +40,10 @@ class ForeignTeacher:
 
     def scan(self, shard: int, words: np.ndarray) -> tuple[list[Finding], int]:
         """As `ShardScanner.scan`; no bytes are counted that cannot be told."""
-        found: list[Finding] = []
-        slots = np.flatnonzero(state_of(words) == DONE).tolist()
-        for slot in slots:
-            try:
-                self._reader.get_many([shard * self._teacher.shard_views + slot])
-            except StoreCorrupt as error:
-                found.append(
-                    (slot, self.node, str(error.__cause__ or "its checksum is not the one in the status word"))
-                )
-        return found, len(slots) * self._teacher.bytes_per_view
+        first = shard * self._teacher.shard_views
+        rows = first + np.flatnonzero(state_of(words) == DONE)
+        _, bad = tell_sound(self._reader, rows.tolist())
+        return [(row - first, self.node, what) for row, what in bad.items()], len(rows) * self._teacher.bytes_per_view
 
     @property
     def node(self) -> StorePath:

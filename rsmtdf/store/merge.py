@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +21,13 @@ import torch
 from rsmtdf.errors import StoreError, StoreMismatch
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
-from rsmtdf.store.carry import in_parallel, read_sound, require_space
+from rsmtdf.store.carry import AT_A_TIME, in_parallel, joined, read_sound, require_space
 from rsmtdf.store.merge_plan import MergePlan, plan_merge
 from rsmtdf.store.places import absolute
 from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.status import DONE, SKIPPED, TODO, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.store.stored_teacher import StoredTeacher
 
-AT_A_TIME = 8
-"""Views that are decoded at a time."""
 CONFLICTS_SHOWN = 20
 Step = Callable[[str], None]
 """Called after each step with its name; if it raises, the merge ends there."""
@@ -136,13 +133,24 @@ def _carry_out(
                 require_space(a.path, report.bytes)
             added = a.extend(plan.segments, on_step=on_step)
             for name in plan.teachers:
-                _add_teacher(a, b.teacher(name))
+                theirs = b.teacher(name)
+                rule = theirs.statistics.get("rule") or {}
+                a.add_teacher(theirs.spec, codec=theirs.codec, statistics=theirs, rule=rule)
                 on_step(f"teacher {name}")
             if experiment is not None:
                 a.amend(experiment=experiment)
-            jobs = [_TeacherMerge(a, b, name, plan.rows(added), name in plan.recoded, report) for name in b.teachers]
-            # Before the mutex is let go: nobody may take one of these shards in between.
-            owned.enter_context(a.claim(sorted({k for job in jobs for k in job.shards})))
+            rows = plan.rows(added)
+
+            def lacking() -> list[_TeacherMerge]:
+                return [_TeacherMerge(a, b, name, rows, name in plan.recoded, report) for name in b.teachers]
+
+            shards = {k for job in lacking() for k in job.shards}
+            on_step("shards")
+            owned.enter_context(a.claim(sorted(shards)))
+            # Claims need no mutex: what a writer has committed until then is A's own.
+            jobs = lacking()
+            for job in jobs:
+                job.keep_to(shards)
         report.views, report.bytes = {}, 0
         done, total = 0, sum(job.n_views for job in jobs)
         for job in jobs:
@@ -182,30 +190,6 @@ def _survey(a: FeatureStore, b: FeatureStore, plan: MergePlan, report: MergeRepo
         report.bytes += n * (theirs if is_new else a.teacher(name)).bytes_per_view
 
 
-@dataclass(frozen=True)
-class _Carried:
-    """A teacher's statistics with everything that was recorded beside their rule."""
-
-    teacher: StoredTeacher
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.teacher.mean
-
-    @property
-    def std(self) -> np.ndarray:
-        return self.teacher.std
-
-    def summary(self) -> dict[str, Any]:
-        return {k: v for k, v in self.teacher.statistics.items() if k != "rule"}
-
-
-def _add_teacher(a: FeatureStore, theirs: StoredTeacher) -> None:
-    a.add_teacher(
-        theirs.spec, codec=theirs.codec, statistics=_Carried(theirs), rule=theirs.statistics.get("rule") or {}
-    )
-
-
 class _TeacherMerge:
     """One teacher's features on their way from B to A, shard by shard of A, from several threads."""
 
@@ -231,7 +215,6 @@ class _TeacherMerge:
         self._skip[self._skip] &= self._theirs[self._source[self._skip]] == SKIPPED
         per = a.shard_views
         self.shards: list[int] = np.unique(np.flatnonzero(self._take | self._skip) // per).tolist()
-        self.n_views = int((self._take | self._skip).sum())
         self._lock = threading.Lock()
         self._readers = contextlib.ExitStack()
 
@@ -241,6 +224,15 @@ class _TeacherMerge:
 
     def __exit__(self, *exception: object) -> None:
         self._readers.close()
+
+    @property
+    def n_views(self) -> int:
+        """Views that `copy` will be done with, over all `shards`."""
+        return sum(self._wanted(self._a.rows_of_shard(k)) for k in self.shards)
+
+    def keep_to(self, shards: Collection[int]) -> None:
+        """Leaves out all other shards."""
+        self.shards = [k for k in self.shards if k in shards]
 
     def copy(self, shard: int) -> int:
         """Commits a shard of A with what A has of it and what B adds; how many views B adds."""
@@ -254,18 +246,20 @@ class _TeacherMerge:
         crcs = {row: int(crc_of(self._our_views[[row]])[0]) for row in ours}
         crcs |= {row: int(crc_of(self._their_views[[self._source[row]]])[0]) for row in theirs}
         skipped = [r for r in rows.tolist() if r not in crcs and (self._skip[r] or self._ours[r] == SKIPPED)]
-        order = np.argsort(np.array([*ours, *theirs], np.int64))
         self._a.write_shard(
             shard,
             view_crcs=crcs,
             skipped=dict.fromkeys(skipped, "could not be read when it was cached"),
-            features={self._name: {key: np.concatenate([old[key], new[key]])[order] for key in new}},
+            features={self._name: joined(ours, old, theirs, new)},
             provenance={"merged_from": str(self._b.path), "merged": theirs},
             left=set(rows.tolist()) - set(crcs) - set(skipped),
         )
         with self._lock:
             self._note(bad_here, bad, len(theirs))
-        return len(taken) + int(self._skip[rows].sum())
+        return self._wanted(rows)
+
+    def _wanted(self, rows: np.ndarray) -> int:
+        return int((self._take | self._skip)[rows].sum())
 
     def _taken(self, rows: np.ndarray, bad: dict[int, str]) -> tuple[list[int], Mapping[str, np.ndarray]]:
         """Those of `rows` of A that B holds undamaged, and their arrays as A encodes them."""

@@ -6,10 +6,12 @@ on with either store. The source is never written. What it lacks, or has damaged
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +23,18 @@ from rsmtdf.files import PARTIAL
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store.arrays import group_metadata, read_metadata, write_metadata
-from rsmtdf.store.carry import RECODED_FROM, in_parallel, read_sound, require_space
+from rsmtdf.store.carry import AT_A_TIME, RECODED_FROM, in_parallel, joined, read_sound, require_space
 from rsmtdf.store.codecs import STD_FLOOR, bytes_per_view, find_codec
 from rsmtdf.store.growth import is_taken, make_whole
 from rsmtdf.store.manifest import Manifest, differences, load
 from rsmtdf.store.places import absolute, files, put, read_each
 from rsmtdf.store.reader import FeatureReader
-from rsmtdf.store.status import DONE, SKIPPED, TODO, crc_of, state_of
+from rsmtdf.store.status import DONE, SKIPPED, TODO, StatusArray, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.stored_teacher import StoredTeacher, write_teacher
 
-AT_A_TIME = 8
-"""Views decoded at a time: a float32 view is four times one in int8, and only its encoded form waits for its shard."""
+Step = Callable[[str], None]
+"""Called after each step with its name; if it raises, the recoding ends there."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +51,7 @@ class RecodeReport:
     lacking: dict[str, int] = field(default_factory=dict)
     """Teacher -> views that the source has not, and so the new store has not either."""
     damaged: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Teacher -> view in words -> what is wrong with it in the source."""
+    """Teacher -> view in words -> what is wrong with it in the source, or in the new store where only that had it."""
     rounded_before: dict[str, str] = field(default_factory=dict)
     """Teacher -> the source's codec, where it has rounded more than half precision does."""
     error: dict[str, float] = field(default_factory=dict)
@@ -75,6 +77,7 @@ def recode(
     threads: int = 2,
     stop: StopFlag,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Step = lambda step: None,
 ) -> RecodeReport:
     """Makes, or goes on with, the store at `path`: `source` with its features under `codec`.
 
@@ -87,6 +90,7 @@ def recode(
         threads: shards in work at a time; each needs the memory of one encoded shard.
         stop: ends it between shards; the same call goes on.
         progress: told views finished, and views in all.
+        on_step: for tests that end it, or write to DST, half-way.
 
     Raises:
         StoreNotFound: there is no store at `source`.
@@ -104,77 +108,114 @@ def recode(
     report = RecodeReport(source=source, store=path, codec=codec)
     report.rounded_before = {t.name: t.codec for t in chosen if t.codec not in ("fp16", codec)}
     dst = _opened(src, path, chosen, codec) if is_taken(path) else None
-    work = {t.name: _wanted(src, dst, t.name) for t in chosen}
-    require_space(path, sum(len(rows) * bytes_per_view(codec, *_shape(src, name)) for name, rows in work.items()))
+    lacks = {name: _lack(src, dst, name) for name in names}
+    need = (int(lack.take.sum()) * bytes_per_view(codec, *_shape(src, name)) for name, lack in lacks.items())
+    require_space(path, sum(need))
     if dst is None:
         _make(src, path, chosen, codec, src.experiment if experiment is None else experiment)
         dst = FeatureStore.open(path, writable=True)
     dst.clean_partials()
-    shards = {name: np.unique(rows // src.shard_views).tolist() for name, rows in work.items()}
-    with dst.claim(sorted({k for some in shards.values() for k in some})):
-        done, total = 0, sum(len(rows) for rows in work.values())
-        for name in names:
-            with FeatureReader(src, name) as reader:
-                job = _TeacherJob(src=src, dst=dst, reader=reader, name=name, report=report)
-                for views in in_parallel(job.shard, shards[name], threads, stop, path):
+    on_step("shards")
+    claimed = {k for lack in lacks.values() for k in lack.shards(src.shard_views)}
+    with dst.claim(sorted(claimed)):
+        # What a writer has committed until then is DST's own.
+        jobs = [_TeacherJob(src=src, dst=dst, name=name, shards=claimed, report=report) for name in names]
+        done, total = 0, sum(job.n_views for job in jobs)
+        for job in jobs:
+            with job:
+                for views in in_parallel(job.shard, job.shards, threads, stop, path):
                     done += views
                     progress(done, total)
-                job.finish()
     dst.seal()
     _conclude(src, dst, names, report)
     report.seconds = time.perf_counter() - begun
     return report
 
 
+@dataclass(frozen=True)
+class _Lack:
+    """What DST lacks of a teacher and SRC has; bool [n_rows] each."""
+
+    take: np.ndarray
+    """Views whose features SRC has."""
+    skip: np.ndarray
+    """Views that SRC could not read."""
+
+    def shards(self, shard_views: int) -> list[int]:
+        shards: list[int] = np.unique(np.flatnonzero(self.take | self.skip) // shard_views).tolist()
+        return shards
+
+    def views(self, rows: np.ndarray) -> int:
+        """How many of `rows`."""
+        return int((self.take | self.skip)[rows].sum())
+
+
 class _TeacherJob:
-    """One teacher's shards, encoded anew from several threads."""
+    """One teacher's shards on their way from SRC to DST, from several threads. The caller has claimed them."""
 
     def __init__(
-        self, *, src: FeatureStore, dst: FeatureStore, reader: FeatureReader, name: str, report: RecodeReport
+        self, *, src: FeatureStore, dst: FeatureStore, name: str, shards: Collection[int], report: RecodeReport
     ) -> None:
-        self._src, self._dst, self._reader, self._name, self._report = src, dst, reader, name, report
-        self._states = state_of(src.status(name))
-        self._views = src.view_status()
+        self._src, self._dst, self._name, self._report = src, dst, name, report
         self._old, self._new = src.teacher(name), dst.teacher(name)
+        self._lack = _lack(src, dst, name)
+        self._there, self._kept = src.usable([name]), dst.usable([name])
+        self._was_skipped = state_of(dst.status(name)) == SKIPPED
+        # After the features' words, for SRC may be written to: of what is done, the sums are then there.
+        self._their_views, self._our_views = src.view_status(), dst.view_status()
+        self.shards = [k for k in self._lack.shards(src.shard_views) if k in shards]
         self._lock = threading.Lock()
         self._error = self._size = 0.0
+        self._readers = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self._from_src = self._readers.enter_context(FeatureReader(self._src, self._name))
+        self._from_dst = self._readers.enter_context(FeatureReader(self._dst, self._name))
+
+    def __exit__(self, *exception: object) -> None:
+        self._readers.close()
+        if self._size:  # summed over the shards
+            self._report.error[self._name] = (self._error / self._size) ** 0.5
+
+    @property
+    def n_views(self) -> int:
+        return sum(self._lack.views(self._src.rows_of_shard(k)) for k in self.shards)
 
     def shard(self, shard: int) -> int:
-        """Encodes a shard and commits it; how many views it took."""
+        """Commits a shard with what DST has of it and what SRC adds; how many views SRC adds."""
         rows = self._src.rows_of_shard(shard)
-        state = self._states[rows]
-        there = rows[(state == DONE) & (state_of(self._views)[rows] == DONE)]
-        skipped = rows[state == SKIPPED].tolist()
-        encoded, bad = self._encoded(there)
-        good = [row for row in there.tolist() if row not in bad]
-        left = set(rows.tolist()) - set(good) - set(skipped)
+        bad_here: dict[int, str] = {}
+        ours, old = read_sound(self._from_dst, rows[self._kept[rows]], bad_here)
+        wanted = self._lack.take[rows] | (np.isin(rows, list(bad_here)) & self._there[rows])
+        taken = rows[wanted]
+        new, bad = self._encoded(taken)
+        theirs = [row for row in taken.tolist() if row not in bad]
+        crcs = {row: int(crc_of(self._our_views[[row]])[0]) for row in ours}
+        crcs |= {row: int(crc_of(self._their_views[[row]])[0]) for row in theirs}
+        skipped = rows[(self._lack.skip | self._was_skipped)[rows] & ~np.isin(rows, list(crcs))].tolist()
         self._dst.write_shard(
             shard,
-            view_crcs={row: int(crc_of(self._views[[row]])[0]) for row in good},
+            view_crcs=crcs,
             skipped=dict.fromkeys(skipped, "skipped in the store that this one was recoded from"),
-            features={self._name: encoded},
-            provenance={"recoded_from": self._old.codec, "torch": torch.__version__},
-            left=left,
+            features={self._name: joined(ours, old, theirs, new)},
+            provenance={"recoded_from": self._old.codec, "recoded": theirs, "torch": torch.__version__},
+            left=set(rows.tolist()) - set(crcs) - set(skipped),
         )
+        bad |= {row: f"in {self._dst.path}: {why}" for row, why in bad_here.items() if not self._there[row]}
         with self._lock:
             if bad:
                 named = {self._src.describe(row): why for row, why in bad.items()}
                 self._report.damaged.setdefault(self._name, {}).update(named)
-            self._report.views[self._name] = self._report.views.get(self._name, 0) + len(good)
-            self._report.bytes_read += len(there) * self._old.bytes_per_view
-        return len(there) + len(skipped)
-
-    def finish(self) -> None:
-        """Reports the error, which is summed over the shards."""
-        if self._size:
-            self._report.error[self._name] = (self._error / self._size) ** 0.5
+            self._report.views[self._name] = self._report.views.get(self._name, 0) + len(theirs)
+            self._report.bytes_read += len(taken) * self._old.bytes_per_view
+        return self._lack.views(rows)
 
     def _encoded(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict[int, str]]:
         """The new arrays of `rows`, and why some of them are not among these."""
         bad: dict[int, str] = {}
         parts: dict[str, list[np.ndarray]] = {a.name: [] for a in self._new.arrays}
         for start in range(0, len(rows), AT_A_TIME):
-            some, arrays = read_sound(self._reader, rows[start : start + AT_A_TIME], bad)
+            some, arrays = read_sound(self._from_src, rows[start : start + AT_A_TIME], bad)
             if not some:
                 continue
             stored = {name: torch.from_numpy(values) for name, values in arrays.items()}
@@ -201,13 +242,13 @@ class _TeacherJob:
             self._size += float(z.square().sum(dtype=torch.float64))
 
 
-def _wanted(src: FeatureStore, dst: FeatureStore | None, name: str) -> np.ndarray:
-    """Rows that `src` has finished and `dst` has not."""
-    state = state_of(src.status(name))
-    there = (state == DONE) & (state_of(src.view_status()) == DONE) | (state == SKIPPED)
+def _lack(src: FeatureStore, dst: FeatureStore | None, name: str) -> _Lack:
+    """What SRC has of a teacher and DST (None: not made yet) has not."""
+    take, skip = src.usable([name]), state_of(src.status(name)) == SKIPPED
     if dst is not None:
-        there &= state_of(dst.status(name)) == TODO
-    return np.flatnonzero(there)
+        take &= ~dst.usable([name])
+        skip &= state_of(dst.status(name)) == TODO
+    return _Lack(take, skip)
 
 
 def _shape(src: FeatureStore, name: str) -> tuple[int, int]:
@@ -272,6 +313,7 @@ def _make(
 ) -> None:
     """Makes the store at `path` with everything but features. It appears whole or not at all."""
     manifest = load(src.path)
+    words = src.view_status_array.read(src.n_rows)
     for name in src.column_names:
         src.column(name)  # compares the digests of what is copied
     _ = src.tile_ids
@@ -279,6 +321,7 @@ def _make(
     def fill(place: StorePath) -> Manifest:
         for name in ("tiles", "views"):
             _copy_arrays(src.path / name, place / name)
+        _write_words(dataclasses.replace(src.view_status_array, path=place / "views" / "status"), words)
         write_metadata(place / "teachers", group_metadata())
         write_metadata(place / "provenance", read_metadata(src.path / "provenance"))
         digests = {t.name: write_teacher(_recoded(t, place, codec), n_rows=src.n_rows) for t in chosen}
@@ -293,13 +336,20 @@ def _make(
 
 
 def _copy_arrays(source: StorePath, target: StorePath) -> None:
-    """Copies a folder, durably, without the files of writers at work."""
+    """Copies a folder, durably, without the files of writers at work and without status words."""
     prefix = len(str(source)) + 1
-    # The sealed words repeat those of the chunks.
-    wanted = [f for f in files(source) if not f.name.endswith(PARTIAL) and f.name != "sealed"]
+    is_words = re.compile(r"status/(c\.\d+|sealed)")
+    wanted = [f for f in files(source) if not f.name.endswith(PARTIAL) and not is_words.fullmatch(str(f)[prefix:])]
     for file, data in zip(wanted, read_each(wanted), strict=True):
         if data is not None:
             put(target / str(file)[prefix:], data)
+
+
+def _write_words(status: StatusArray, words: np.ndarray) -> None:
+    """Writes the chunks of status words as they were read: a damaged chunk may have been read from the sealed file."""
+    for shard, part in enumerate(words.reshape(-1, status.shard_views)):
+        if part.any():
+            status.write_shard(shard, part)
 
 
 def _conclude(src: FeatureStore, dst: FeatureStore, names: Sequence[str], report: RecodeReport) -> None:

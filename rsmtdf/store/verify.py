@@ -2,7 +2,8 @@
 
 Small things first (`audit`), then status words, then every payload, shard file by shard file. What the check believes
 is the manifest and the status words, as every reader does. Writers may be at work meanwhile: what they commit after
-the check began is not checked, and what looks damaged is looked at once more before it is called so.
+the check began is not checked, and what looks damaged is looked at once more before it is called so, also whether it is
+still part of the store.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rsmtdf.store.arrays import METADATA
 from rsmtdf.store.audit import Contents, read_contents
 from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.foreign import ForeignTeacher, foreign_arrays
+from rsmtdf.store.manifest import Manifest, load
 from rsmtdf.store.scan import Finding, ShardScanner
 from rsmtdf.store.shards import ShardUnreachable
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of
@@ -148,10 +150,29 @@ def _small_damage(contents: Contents | Damage) -> tuple[list[Damage], list[str]]
 
 def is_view(contents: Contents) -> np.ndarray:
     """bool [n_rows]: rows that are no holes."""
-    real = np.zeros(contents.manifest.n_rows, bool)
-    for s in contents.manifest.segments:
+    return _covered(contents.manifest, contents.manifest.n_rows)
+
+
+def _covered(manifest: Manifest, n_rows: int) -> np.ndarray:
+    real = np.zeros(n_rows, bool)
+    for s in manifest.segments:
         real[s.row_start : s.row_stop] = True
     return real
+
+
+def _still_view(contents: Contents, teacher: str | None = None) -> np.ndarray:
+    """bool [n_rows]: rows that are views (of `teacher`) also for the manifest that is there now.
+
+    A removal commits it first of all, so that nothing it takes away is missed here.
+    """
+    real, before = is_view(contents), contents.manifest
+    try:
+        now = load(contents.path)
+    except (StoreError, OSError):
+        return real  # the small things' damage tells of that
+    if teacher is not None and now.teachers.get(teacher) != before.teachers.get(teacher):
+        return np.zeros_like(real)
+    return real & _covered(now, before.n_rows)
 
 
 def _check_status(contents: Contents, report: VerifyReport) -> dict[str, np.ndarray]:
@@ -168,8 +189,10 @@ def _check_status(contents: Contents, report: VerifyReport) -> dict[str, np.ndar
     real = is_view(contents)
     for name, teacher_words in words.items():
         state = state_of(teacher_words)
-        rows = np.flatnonzero((state == DONE) & real & ~made)
-        unvouched |= set((rows // manifest.shard_views).tolist()) - lost
+        odd = (state == DONE) & real & ~made
+        if odd.any():
+            odd &= _still_view(contents, name)
+        unvouched |= set((np.flatnonzero(odd) // manifest.shard_views).tolist()) - lost
         report.teachers[name] = TeacherState(
             done=int(((state == DONE) & real).sum()),
             skipped=int(((state == SKIPPED) & real).sum()),
@@ -188,7 +211,10 @@ def _words(contents: Contents, status: StatusArray, teacher: str | None, report:
     if found or odd:
         words, again = status.survey(n_rows)
         found = {k: v for k, v in again.items() if k in found}
-        odd &= _odd_words(words, is_view(contents), status.shard_views)
+        real = _still_view(contents, teacher)
+        odd &= _odd_words(words, real, status.shard_views)
+        was, there = (r.reshape(-1, status.shard_views).any(axis=1) for r in (is_view(contents), real))
+        found = {k: v for k, v in found.items() if k is None or there[k] or not was[k]}
     for shard, what in found.items():
         file = status.sealed_file if shard is None else status.chunk_file(shard)
         kind: Kind = "seal" if shard is None else "status"
@@ -232,6 +258,7 @@ def _describer(contents: Contents) -> Callable[[int], str]:
 class _Unit:
     """One shard of one teacher."""
 
+    contents: Contents
     teacher: StoredTeacher
     shard: int
     words: np.ndarray
@@ -254,7 +281,7 @@ def _check_features(
     """Every payload whose status word says that it is there."""
     per, real = contents.manifest.shard_views, is_view(contents)
     units = [
-        _Unit(teacher, int(shard), words[name][shard * per : (shard + 1) * per], foreign.get(name))
+        _Unit(contents, teacher, int(shard), words[name][shard * per : (shard + 1) * per], foreign.get(name))
         for name, teacher in contents.teachers.items()
         for shard in np.unique(np.flatnonzero((state_of(words[name]) == DONE) & real) // per)
     ]
@@ -309,17 +336,30 @@ def _scan(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
 
 
 def _scan_settled(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
-    if unit.foreign is not None:
-        return unit.foreign.scan(unit.shard, unit.words)
-    found, size = scanner.scan(unit.teacher, unit.shard, unit.words)
-    status = unit.teacher.status
-    if found and status.chunk_file(unit.shard).exists():
-        # A writer may have replaced the shard since its words were read; then the words have changed too.
-        try:
-            words = status.read_shard(unit.shard)
-        except OSError:
-            return found, size
-        if not np.array_equal(words, unit.words):
-            both = (state_of(words) == DONE) & (state_of(unit.words) == DONE)
-            found, size = scanner.scan(unit.teacher, unit.shard, np.where(both, words, np.uint64(0)))
+    found, size = _scan_words(scanner, unit, unit.words)
+    if not found:
+        return found, size
+    # The shard may have been replaced, or views removed, since its words were read.
+    words = _words_now(unit)
+    per = unit.teacher.shard_views
+    there = _still_view(unit.contents, unit.teacher.name)[unit.shard * per : (unit.shard + 1) * per]
+    there &= (state_of(words) == DONE) & (state_of(unit.words) == DONE)
+    expected = np.where(there, words, np.uint64(0))
+    if not np.array_equal(expected, unit.words):
+        found, size = _scan_words(scanner, unit, expected)
     return found, size
+
+
+def _scan_words(scanner: ShardScanner, unit: _Unit, words: np.ndarray) -> tuple[list[Finding], int]:
+    if unit.foreign is not None:
+        return unit.foreign.scan(unit.shard, words)
+    return scanner.scan(unit.teacher, unit.shard, words)
+
+
+def _words_now(unit: _Unit) -> np.ndarray:
+    """The shard's words as they are now; those that the check began with where there are none to be read."""
+    status = unit.teacher.status
+    try:
+        return status.read_shard(unit.shard) if status.chunk_file(unit.shard).exists() else unit.words
+    except OSError:
+        return unit.words

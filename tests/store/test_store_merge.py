@@ -178,6 +178,31 @@ def test_a_shard_of_which_both_have_a_part(kit, path, other):
     assert store.pending_rows(["t"]).tolist() == [4, 5, 6, 7]
 
 
+def test_what_a_writer_commits_before_its_shards_are_claimed_stays(kit, path, other):
+    make(kit, path, [kit.weak(2, seeds=2)], filled=False)
+    theirs = make(kit, other, [kit.weak(2, seeds=2)], filled=False)
+
+    def write(store, done):
+        rows = store.rows_of_shard(0).tolist()
+        store.write_shard(
+            0,
+            view_crcs={r: crc(view(store, r)) for r in done},
+            skipped={},
+            features={"t": torch.stack([content("t", view(store, r), store.teacher("t").spec) for r in done])},
+            provenance={},
+            left=set(rows) - set(done),
+        )
+
+    def on_step(step):
+        if step == "shards":
+            write(FeatureStore.open(path, writable=True), [0, 1])
+
+    write(theirs, [3])
+    report = run(path, other, on_step=on_step)
+    assert (report.views, report.lacking) == ({"t": 1}, {"t": 1})
+    assert check(kit, path).pending_rows(["t"]).tolist() == [2]
+
+
 def test_what_b_skipped_is_skipped_in_new_segments(kit, path, other):
     make(kit, path, [kit.weak(2)])
     theirs = make(kit, other, [kit.weak(2, start=2)], filled=False)

@@ -131,6 +131,78 @@ def test_the_source_goes_on_and_so_does_the_recoding(kit, path, other):
     assert run(path, other).views == {}
 
 
+def part(kit, store, done) -> None:
+    """Commits shard 0 with just these rows."""
+    rows = store.rows_of_shard(0).tolist()
+    features = {"t": torch.stack([kit.feature("t", r) for r in done])}
+    crcs = {r: kit.crc(r) for r in done}
+    kit.write(store, 0, view_crcs=crcs, features=features, left=set(rows) - set(done))
+
+
+def test_what_the_source_has_lost_meanwhile_stays(kit, path, other):
+    store = kit.create(path)
+    store.extend([kit.weak()])
+    kit.add_teacher(store)
+    part(kit, store, [0, 1])
+    run(path, other)
+    before = FeatureStore.open(other).status("t")
+    part(kit, store, [1, 2])  # row 0 was withdrawn, row 2 made
+    assert run(path, other).views == {"t": 1}
+    dst = FeatureStore.open(other)
+    assert dst.pending_rows(["t"]).tolist() == [3, 4, 5, 6, 7, 8, 9]
+    np.testing.assert_array_equal(dst.status("t")[:2], before[:2])
+    with CachedFeatures(dst, ["t"], device="cpu") as found:
+        for row, features in enumerate(found.fetch(np.arange(3))["t"]):
+            assert features.equal(dst.teacher("t").roundtrip(kit.feature("t", row)[None])[0])
+    assert verify(other, stop=StopFlag()).is_sound
+
+
+def test_what_is_damaged_in_the_new_store_comes_from_the_source_or_is_named(kit, path, other):
+    store = kit.create(path)
+    store.extend([kit.weak()])
+    kit.add_teacher(store)
+    part(kit, store, [0, 1])
+    run(path, other)
+    file = other / "teachers/t/codes/c.0.0.0"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    data[48 + 4 + 3] ^= 1
+    file.write_bytes(data)
+    part(kit, store, [1, 2])
+    report = run(path, other)
+    assert report.views == {"t": 2}
+    ((words, why),) = report.damaged["t"].items()
+    assert words == store.describe(0)
+    assert why.startswith(f"in {other}: ")
+    assert FeatureStore.open(other).pending_rows(["t"]).tolist() == [0, 3, 4, 5, 6, 7, 8, 9]
+    assert verify(other, stop=StopFlag()).is_sound
+
+
+def test_what_a_writer_commits_to_the_new_store_before_its_shards_are_claimed_stays(kit, path, other):
+    store = kit.create(path)
+    store.extend([kit.weak()])
+    kit.add_teacher(store)
+    run(path, other)
+    part(kit, store, [3])
+
+    def on_step(step):
+        part(kit, FeatureStore.open(other, writable=True), [0, 1])
+
+    assert run(path, other, on_step=on_step).views == {"t": 1}
+    assert FeatureStore.open(other).pending_rows(["t"]).tolist() == [2, 4, 5, 6, 7, 8, 9]
+
+
+def test_status_words_are_copied_as_they_are_read(kit, path, other):
+    """A damaged chunk is read from the sealed words, and must not be copied as it lies."""
+    kit.full(path).seal()
+    file = path / "views/status/c.1"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+    assert run(path, other).views == {"t": 18}
+    check(kit, path, other)
+
+
 def test_a_store_that_lost_seeds(kit, path, other):
     """Its segments cannot be made by growing: rows must keep their numbers all the same."""
     store = kit.create(path)

@@ -331,6 +331,47 @@ def test_a_removal_is_no_damage_also_where_it_was_cut_short(kit, path, last):
     assert repair(path, stop=StopFlag()).withdrawn == {}
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(
+    "what", [{"seed": 0, "stream": "weak"}, {"seed": 0, "stream": "strong"}, {"teacher": "t"}], ids=str
+)
+def test_a_removal_meanwhile_is_no_damage(kit, path, what, sealed):
+    """The views and their status chunks go while the check, which began before, is about to read them."""
+    store = kit.create(path)
+    store.extend([kit.weak(40), kit.strong(40)])
+    kit.add_teacher(store)
+    kit.fill(store)
+    if sealed:
+        store.seal()
+    done = []
+
+    def take_away(checked, total):
+        if not done:
+            done.append(checked)
+            remove(path, stop=StopFlag(), **what)
+
+    assert check(path, progress=take_away, threads=1).damage == []
+    assert done
+    assert check(path).damage == []
+
+
+def test_damage_is_found_beside_a_removal(kit, path):
+    store = kit.create(path)
+    store.extend([kit.weak(40), kit.strong(40)])
+    kit.add_teacher(store)
+    kit.fill(store)
+    file = path / "teachers/t/features/c.29.0.0"  # of the strong views, which stay
+    flip(file, 8 * 5)
+    done = []
+
+    def take_away(checked, total):
+        if not done:
+            done.append(remove(path, seed=0, stream="weak", stop=StopFlag()))
+
+    (damage,) = check(path, progress=take_away, threads=1).damage
+    assert (damage.file, damage.row) == (file, 29 * 4)
+
+
 @pytest.fixture
 def archive(kit, path):
     """Features in chunks that are compressed, as an archive may have them."""
