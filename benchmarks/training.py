@@ -9,6 +9,7 @@ Design, section 9: at least 1.9 (arithmetic limit 2.01). Also the peak memory of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -85,14 +86,15 @@ def _measure(store: Path, kind: str, steps: int) -> dict[str, list[float]]:
         train={"budget": f"{steps + 1}-steps"},
         overrides=["train.validate_every=1000000"],
     )
-    job = open_job(options, say=say)
-    marks: list[tuple[float, float]] = [(time.process_time(), time.perf_counter())]
-    train(
-        job,
-        resume=False,
-        stop=StopFlag(),
-        progress=lambda done, total, note: marks.append((time.process_time(), time.perf_counter())),
-    )
+    with contextlib.ExitStack() as opened:
+        job = open_job(options, say=say, opened=opened)
+        marks: list[tuple[float, float]] = [(time.process_time(), time.perf_counter())]
+        train(
+            job,
+            resume=False,
+            stop=StopFlag(),
+            progress=lambda done, total, note: marks.append((time.process_time(), time.perf_counter())),
+        )
     gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks[1:])]
     return {
         "cpu": [g[0] for g in gaps],

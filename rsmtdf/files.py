@@ -20,7 +20,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield temporary
-        fd = os.open(temporary, os.O_RDONLY)
+        # Windows flushes only what may be written to.
+        fd = os.open(temporary, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:

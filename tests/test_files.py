@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +94,22 @@ def test_data_is_on_disk_before_the_rename_and_the_rename_before_returning(targe
     if not Path("/proc/self/fd").exists():
         pytest.skip("the names of file descriptors are only known on Linux")
     assert done == ["fsync file", "rename", "fsync folder"]
+
+
+def test_windows_flushes_only_what_may_be_written_to(target, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flushed: list[int] = []
+
+    def fsync(fd: int) -> None:
+        flushed.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
+        if flushed[-1] == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    windows = SimpleNamespace(**{**vars(os), "name": "nt", "fsync": fsync})
+    monkeypatch.setattr(files, "os", windows)
+    write_whole(target, b"new")
+    assert target.read_bytes() == b"new"
+    assert flushed == [os.O_RDWR]
 
 
 def test_fsync_dir_names_a_missing_folder(tmp_path):

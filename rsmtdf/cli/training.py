@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -77,8 +78,9 @@ def train_run(options: TrainOptions, *, stop: StopFlag, say: Callable[[str], Non
         say(f"{options.out} is finished already: nothing to go on with")
         return done
     try:
-        job = open_job(options, say=say)
-        with Bar("training", unit="step") as bar:
+        with contextlib.ExitStack() as opened:
+            job = open_job(options, say=say, opened=opened)
+            bar = opened.enter_context(Bar("training", unit="step"))
 
             def progress(done: int, total: int, note: str) -> None:
                 bar.update_to(done, total)
@@ -97,8 +99,11 @@ def _finished(path: Path) -> dict[str, Any] | None:
     return state.get("summary") if state.get("state") == "finished" else None
 
 
-def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.TrainJob:
-    """Everything that a run works with; the run's folder is made last, when all else is open and fits."""
+def open_job(options: TrainOptions, *, say: Callable[[str], None], opened: contextlib.ExitStack) -> stage.TrainJob:
+    """Everything that a run works with; the run's folder is made last, when all else is open and fits.
+
+    What needs closing goes to `opened`, for the caller to close when the run has ended.
+    """
     if options.teachers not in {"cached", "online"}:
         raise ConfigError(f"--teachers {options.teachers}: it is cached or online")
     store = FeatureStore.open(options.cache)
@@ -125,7 +130,7 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None]) -> stage.Trai
     )
     counts = _label_counts(workspace)
     needs = METHODS[experiment.train.method].needs_targets
-    features = _features(mode, experiment, store, device) if needs else None
+    features = _features(mode, experiment, store, device, opened=opened) if needs else None
     spec, backbone = _student_spec(experiment, features), _backbone(experiment, base=source.base)
     ranks = _ranks(device)
     schedule = stage.build_schedule(
@@ -226,7 +231,9 @@ def _new_run(
     return run or RunFolder.open(path)
 
 
-def _features(mode: Mode, experiment: Experiment, store: FeatureStore, device: torch.device) -> FeatureSource:
+def _features(
+    mode: Mode, experiment: Experiment, store: FeatureStore, device: torch.device, *, opened: contextlib.ExitStack
+) -> FeatureSource:
     names = [t.name for t in experiment.teachers]
     if mode.teachers == "cached":
         if missing := [n for n in names if n not in store.teachers]:
@@ -237,12 +244,14 @@ def _features(mode: Mode, experiment: Experiment, store: FeatureStore, device: t
             )
         _expect_described(store, experiment)
         windowed = experiment.train.shuffle_window is not None
-        return CachedFeatures(
-            store,
-            names,
-            device=device,
-            threads=experiment.train.feature_threads,
-            whole=store.rows(stream="strong") if windowed else None,
+        return opened.enter_context(
+            CachedFeatures(
+                store,
+                names,
+                device=device,
+                threads=experiment.train.feature_threads,
+                whole=store.rows(stream="strong") if windowed else None,
+            )
         )
     grid = student_grid(experiment)
     teachers = {n: build_teacher(s, student_grid=grid, device=device) for n, s in teacher_sources(experiment).items()}

@@ -102,12 +102,12 @@ class CachedFeatures:
         """Checks that the features of all `rows` are done.
 
         Raises:
-            StoreIncomplete: naming the teacher, how many are, and the command that finishes them.
+            StoreIncomplete: naming the teacher, how many are, and the command that finishes them; or what was removed.
         """
         for name, reader in self._readers.items():
             done = int(reader.is_done(rows).sum())
             if done < len(rows):
-                raise StoreIncomplete(
+                raise reader.removed(rows) or StoreIncomplete(
                     f"features for {name!r} in {self._store.path} cover {done} of {len(rows)} views; finish them "
                     "with the rsmtdf cache-features command that the store was made by"
                 )
@@ -118,7 +118,7 @@ class CachedFeatures:
         May be called from any thread; the tensors belong to the caller.
 
         Raises:
-            StoreIncomplete: a row is not done.
+            StoreIncomplete: a row is not done, or was removed meanwhile.
             StoreCorrupt: a view is damaged or missing.
             StoreError: a view cannot be read now; nothing is known to be wrong with it.
         """

@@ -64,6 +64,9 @@ class ZarrViews:
         del verify
         return [self._read(row, out, place) for place, (row, out) in enumerate(zip(rows, outs, strict=True))]
 
+    def forget(self, row: int) -> None:
+        """Nothing is remembered between reads."""
+
     def _read(self, row: int, out: np.ndarray, place: int) -> int:
         try:
             view = np.ascontiguousarray(self._array[row])

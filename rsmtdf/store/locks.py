@@ -3,7 +3,7 @@
 All of them are byte ranges of one file, so any number of shards costs one descriptor, and the kernel releases them
 when their owner dies, kill -9 included. Linux's open-file-description locks are used: they hold between threads of
 one process too, and no unrelated close() drops them, as it does with classic POSIX locks. Elsewhere one flock on
-the whole file stands in: one writer per store.
+the whole file stands in, shared by all that one process owns: one writer per store.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import contextlib
 import errno
 import importlib
 import logging
+import math
 import os
 import socket
 import struct
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,6 +65,7 @@ class StoreLocks:
     def __init__(self, *, store: Path, file: Path) -> None:
         self._store = store
         self._file = file
+        self._whole = None if fcntl is None or _has_range_locks() else _WholeFile()
 
     @contextlib.contextmanager
     def mutex(self, *, timeout_s: float) -> Iterator[None]:
@@ -128,14 +132,19 @@ class StoreLocks:
         try:
             yield fd
         finally:
-            os.close(fd)  # which also unlocks
+            if self._whole is not None:
+                self._whole.release(fd)
+            os.close(fd)  # which also unlocks ranges
 
     def _take(self, fd: int, slot: int, count: int) -> str | None:
         """Locks `count` slots from `slot` on (0: to infinity); None, or who has one of them."""
         if fcntl is None:
             return None  # no advisory locks: a single writer is the user's care, as the documentation says
         try:
-            _lock(fd, slot * _SLOT, count * _SLOT)
+            if self._whole is None:
+                _lock(fd, slot * _SLOT, count * _SLOT)
+            else:
+                self._whole.take(fd, slot, count)
         except OSError as error:
             if error.errno in _BUSY:
                 return self._owner(fd, slot, count)
@@ -144,12 +153,63 @@ class StoreLocks:
                 "write the store on a local or a POSIX network disk and copy it afterwards"
             ) from error
         note = f"process {os.getpid()} on {socket.gethostname()}".encode()[:_SLOT].ljust(_SLOT)
-        os.pwrite(fd, note * max(count, 1), slot * _SLOT)
+        if self._whole is None:
+            os.pwrite(fd, note * max(count, 1), slot * _SLOT)
+        else:
+            os.pwrite(fd, note, 0)
         return None
 
     def _owner(self, fd: int, slot: int, count: int) -> str:
-        note = os.pread(fd, _SLOT, _first_locked(fd, slot * _SLOT, count * _SLOT))
+        at = _first_locked(fd, slot * _SLOT, count * _SLOT) if self._whole is None else 0
+        note = os.pread(fd, _SLOT, at)
         return note.decode(errors="replace").strip(" \0") or "another process"
+
+
+class _WholeFile:
+    """The one flock behind everything that a `StoreLocks` owns, where a file's ranges cannot be locked.
+
+    Taken with the first slot and given up with the last one; among themselves the owners are told apart here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shared = -1
+        """A descriptor that the flock belongs to, while there are owners."""
+        self._held: dict[int, list[tuple[int, float]]] = {}
+        """Owner's descriptor -> first and one past the last of its slots."""
+
+    def take(self, fd: int, slot: int, count: int) -> None:
+        """Has the owner with descriptor `fd` hold `count` slots from `slot` on (0: to infinity).
+
+        Raises:
+            BlockingIOError: another owner has one of them, or another process has the file.
+            OSError: the file system has no locks.
+        """
+        stop = slot + count if count else math.inf
+        with self._lock:
+            if any(slot < end and start < stop for held in self._held.values() for start, end in held):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if not self._held:
+                self._shared = self._flocked(fd)
+            self._held.setdefault(fd, []).append((slot, stop))
+
+    def release(self, fd: int) -> None:
+        """Gives up all slots of the owner with descriptor `fd`, before it is closed."""
+        with self._lock:
+            if self._held.pop(fd, None) is not None and not self._held:
+                # The first owner's descriptor may still be open, and shares the flock.
+                fcntl.flock(self._shared, fcntl.LOCK_UN)
+                os.close(self._shared)
+
+    def _flocked(self, fd: int) -> int:
+        """A copy of `fd` that holds the flock, and outlives its owner where others still need it."""
+        shared = os.dup(fd)
+        try:
+            fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(shared)
+            raise
+        return shared
 
 
 def runs(shards: Sequence[int]) -> list[tuple[int, int]]:
@@ -163,17 +223,17 @@ def runs(shards: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def _has_range_locks() -> bool:
+    """Whether there are open-file-description locks; macOS has some too, with another `struct flock` than `_FLOCK`."""
+    return sys.platform.startswith("linux") and hasattr(fcntl, "F_OFD_SETLK")
+
+
 def _lock(fd: int, start: int, length: int) -> None:
-    if hasattr(fcntl, "F_OFD_SETLK"):
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
-    else:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
 
 
 def _first_locked(fd: int, start: int, length: int) -> int:
     """Where in the range a conflicting lock begins."""
-    if not hasattr(fcntl, "F_OFD_GETLK"):
-        return start
     found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
     kind, _, at, _, _ = struct.unpack(_FLOCK, found)
     return start if kind == fcntl.F_UNLCK else max(start, at)

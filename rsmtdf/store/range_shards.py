@@ -1,11 +1,14 @@
 """`RangeShards`: shard files in object storage, read by byte ranges.
 
 A request costs a round trip whatever it fetches, so a shard's index is fetched once, from the end of the object, and
-the views that a batch wants of a shard are asked for together. Trying again is the storage library's affair.
+the views that a batch wants of a shard are asked for together. Trying again is the storage library's affair. An object
+may be replaced after its index was fetched, which then points at other views' bytes, whole and with sound checksums:
+only the status words tell, so whoever compares them has the index forgotten and reads again.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -65,24 +68,7 @@ class RangeShards:
         shard = rows[0] // self._per
         with self._lock:
             known = self._indexes.get(shard)
-        try:
-            return self._read(shard, rows, outs, known or self._index(shard), verify=verify)
-        except ShardDamage:
-            if known is None:
-                raise
-        # The object may have been replaced by a repaired one since its index was read.
-        return self._read(shard, rows, outs, self._index(shard), verify=verify)
-
-    def _read(
-        self,
-        shard: int,
-        rows: Sequence[int],
-        outs: Sequence[np.ndarray],
-        index: tuple[np.ndarray, int],
-        *,
-        verify: bool,
-    ) -> list[int]:
-        entries, end = index
+        entries, end = known or self._index(shard)
         length = self._view_bytes + CRC_BYTES
         starts: list[int] = []
         for place, row in enumerate(rows):
@@ -102,6 +88,10 @@ class RangeShards:
             except ShardDamage as damage:
                 raise ShardDamage(str(damage), place=place) from None
         return stored
+
+    def forget(self, row: int) -> None:
+        with self._lock:
+            self._indexes.pop(row // self._per, None)
 
     def _index(self, shard: int) -> tuple[np.ndarray, int]:
         """Offset and size of each view, and where the index begins."""
@@ -129,7 +119,8 @@ class RangeShards:
             raise ShardDamage("the shard file is missing") from None
         except OSError as error:
             what = f"reading {len(starts)} view(s) of {length:,} bytes failed: {error.strerror or error}"
-            raise ShardUnreachable(what) from error
+            # Ranges beyond the end of an object are EIO too.
+            raise ShardUnreachable(what, outdated=error.errno == errno.EIO) from error
 
     def _object(self, shard: int) -> RangeObject:
         return self._node / shard_name(shard, self._dims)

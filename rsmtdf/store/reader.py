@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self, TypedDict
@@ -21,7 +22,9 @@ from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
 from rsmtdf.store.checksum import Appending
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.fallback import WrongArray, ZarrViews
+from rsmtdf.store.manifest import load
 from rsmtdf.store.range_shards import RangeObject, RangeShards
+from rsmtdf.store.segments import Segment
 from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, Shards, ShardUnreachable
 from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
@@ -34,6 +37,22 @@ class _Sizes(TypedDict):
     dims: int
     view_bytes: int
     shard_views: int
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """Why views could not be read."""
+
+    row: int
+    file: str
+    what: str
+    cause: ShardDamage | ShardUnreachable | None
+    """None: the status word says otherwise."""
+
+    @property
+    def may_be_outdated(self) -> bool:
+        """Whether it may only be that the shard was replaced since something of it was read."""
+        return not isinstance(self.cause, ShardUnreachable) or self.cause.outdated
 
 
 class FeatureReader:
@@ -87,6 +106,25 @@ class FeatureReader:
         """bool, per row: whether its features are committed."""
         return np.asarray(self._done[rows], dtype=bool)
 
+    def removed(self, rows: np.ndarray | Sequence[int]) -> StoreIncomplete | None:
+        """The error that says so, if the teacher or one of `rows` was removed since the store was opened."""
+        try:
+            now = load(self._store.path)
+        except StoreError:  # then nobody can tell
+            return None
+        if self.teacher.name not in now.teachers:
+            what = f"teacher {self.teacher.name!r}"
+        else:
+            asked = np.asarray(rows)
+            gone = asked[_covered(asked, self._store.segments) & ~_covered(asked, now.segments)]
+            if not len(gone):
+                return None
+            what = f"view {self._named(int(gone[0]))}"
+        return StoreIncomplete(
+            f"{what} was removed from feature store {self._store.path} by rsmtdf cache rm; run the same command "
+            "again, which goes by what is there now"
+        )
+
     def get_many(
         self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray] | None = None
     ) -> Mapping[str, np.ndarray]:
@@ -98,7 +136,7 @@ class FeatureReader:
                 when this returns or raises.
 
         Raises:
-            StoreIncomplete: a view is not done.
+            StoreIncomplete: a view is not done, or was removed meanwhile.
             StoreCorrupt: a view is damaged or missing; nothing in `out` is to be used.
             StoreError: it cannot be read now; nothing is known to be wrong with it.
         """
@@ -149,26 +187,38 @@ class FeatureReader:
         """Reads these views, all of one shard or a single one, into the bytes `outs` per array and view."""
         for row in rows:
             if not self._done[row]:
-                raise StoreIncomplete(
+                raise self.removed([row]) or StoreIncomplete(
                     f"features for {self.teacher.name!r} in {self._store.path} lack view {self._store.describe(row)}; "
                     "finish them with the rsmtdf cache-features command that the store was made by"
                 )
+        found = self._attempt(rows, outs)
+        if found is not None and found.may_be_outdated:
+            # Shards are replaced while they are read (a view added, another removed); what is kept of them misleads.
+            for shards in self._shards:
+                shards.forget(rows[0])
+            found = self._attempt(rows, outs)
+        if found is not None:
+            raise self._error(found) from found.cause
+
+    def _attempt(self, rows: Sequence[int], outs: Sequence[Sequence[np.ndarray]]) -> _Trouble | None:
+        """Reads and checks; what is wrong, if anything."""
         totals: list[int] | None = None
         for shards, appending, targets in zip(self._shards, self._appending, outs, strict=True):
             try:
                 sums = shards.read(rows, targets, verify=self._verify)
             except ShardDamage as damage:
                 row = rows[damage.place]
-                raise self._corrupt(row, shards.file(row), str(damage)) from damage
+                return _Trouble(row, shards.file(row), str(damage), damage)
             except ShardUnreachable as error:
-                raise self._unreachable(shards.file(rows[0]), f"view {self._named(rows[0])}", str(error)) from error
+                return _Trouble(rows[0], shards.file(rows[0]), str(error), error)
             # The status word sums a view's arrays one after another.
             totals = sums if totals is None else [appending(a, b) for a, b in zip(totals, sums, strict=True)]
         for row, total in zip(rows, totals or [], strict=True):
             if total != self._crcs[row]:
                 status = self.teacher.status.chunk_file(row // self._store.shard_views)
                 what = f"checksum is {total:08x}, the status word says {self._crcs[row]:08x} ({status})"
-                raise self._corrupt(row, self._shards[0].file(row), what)
+                return _Trouble(row, self._shards[0].file(row), what, None)
+        return None
 
     def _open(self, array: EncodedArray, ahead: np.ndarray | None, *, force_zarr: bool) -> Shards:
         """The way to the array's views that suits its place and layout."""
@@ -203,10 +253,13 @@ class FeatureReader:
         except OSError:  # the columns may be out of reach too
             return str(row)
 
-    def _corrupt(self, row: int, file: str, what: str) -> StoreCorrupt:
-        return StoreCorrupt(
-            f"feature store {self._store.path}, teacher {self.teacher.name!r}, view {self._named(row)}, file "
-            f"{file}: {what}. Nothing was trained on it; recompute what is damaged with: "
+    def _error(self, found: _Trouble) -> StoreError:
+        view = f"view {self._named(found.row)}"
+        if isinstance(found.cause, ShardUnreachable):
+            return self._unreachable(found.file, view, found.what)
+        return self.removed([found.row]) or StoreCorrupt(
+            f"feature store {self._store.path}, teacher {self.teacher.name!r}, {view}, file "
+            f"{found.file}: {found.what}. Nothing was trained on it; recompute what is damaged with: "
             f"rsmtdf cache repair {self._store.path}"
         )
 
@@ -229,6 +282,14 @@ def _bytes_of(values: np.ndarray, array: EncodedArray, views: int) -> np.ndarray
             f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous"
         )
     return values.view(np.uint8).reshape(views, array.view_bytes) if views else np.empty((0, 0), np.uint8)
+
+
+def _covered(rows: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
+    """bool, per row: whether it is a view of one of `segments`."""
+    found = np.zeros(len(rows), bool)
+    for s in segments:
+        found |= (s.row_start <= rows) & (rows < s.row_stop)
+    return found
 
 
 def _grouped(keys: Sequence[int]) -> list[list[int]]:

@@ -21,7 +21,16 @@ from rsmtdf.store.arrays import CRC_BYTES
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.places import unreachable
-from rsmtdf.store.shards import ABSENT, ShardDamage, ShardUnreachable, index_bytes, parse_index, shard_name, trouble
+from rsmtdf.store.shards import (
+    ABSENT,
+    ShardDamage,
+    ShardUnreachable,
+    index_bytes,
+    open_for_reading,
+    parse_index,
+    shard_name,
+    trouble,
+)
 from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.stored_teacher import StoredTeacher
 
@@ -181,7 +190,7 @@ def _opened(file: StorePath, views: int) -> Iterator[_Opened]:
         yield _OpenObject(file, tail=index_bytes(views))
         return
     try:
-        fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        fd = open_for_reading(file)
     except FileNotFoundError:
         raise ShardDamage("the shard file is missing") from None
     except OSError as error:

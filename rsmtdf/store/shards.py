@@ -45,7 +45,14 @@ class ShardDamage(Exception):
 
 
 class ShardUnreachable(Exception):
-    """A shard could not be read now; nothing is known to be wrong with it. Callers turn it into `StoreError`."""
+    """A shard could not be read now; nothing is known to be wrong with it. Callers turn it into `StoreError`.
+
+    `outdated`: the reason may be that it was replaced since it was opened; try again after `Shards.forget`.
+    """
+
+    def __init__(self, what: str, *, outdated: bool = False) -> None:
+        super().__init__(what)
+        self.outdated = outdated
 
 
 class Shards(Protocol):
@@ -68,6 +75,10 @@ class Shards(Protocol):
             ShardDamage: the shard or a view in it is missing, cut short or altered.
             ShardUnreachable: it cannot be read now, which says nothing about its bytes.
         """
+        ...
+
+    def forget(self, row: int) -> None:
+        """Drops what is remembered of the shard that holds `row`: it may have been replaced since."""
         ...
 
 
@@ -174,6 +185,12 @@ class OpenShards:
                 self._indexes.popitem(last=False)
         return shard
 
+    def forget(self, file: str) -> None:
+        """Has `file` opened again when it is next asked for."""
+        with self._lock:
+            self._open.pop(file, None)
+            self._indexes.pop(file, None)
+
     def close(self) -> None:
         with self._lock:
             self._open.clear()
@@ -181,7 +198,7 @@ class OpenShards:
 
     def _load(self, file: str, views: int, known: tuple[tuple[int, ...], np.ndarray] | None) -> OpenShard:
         try:
-            shard = OpenShard(os.open(file, os.O_RDONLY))
+            shard = OpenShard(open_for_reading(file))
         except FileNotFoundError:
             raise ShardDamage("the shard file is missing") from None
         except OSError as error:
@@ -189,7 +206,7 @@ class OpenShards:
                 with self._lock:
                     self._open.clear()  # others need descriptors too; these can be had again
                 with contextlib.suppress(OSError):
-                    return self._indexed(OpenShard(os.open(file, os.O_RDONLY)), views, known)
+                    return self._indexed(OpenShard(open_for_reading(file)), views, known)
             raise trouble(error, "the shard file cannot be opened") from error
         return self._indexed(shard, views, known)
 
@@ -250,6 +267,9 @@ class ShardReader:
 
     def read(self, rows: Sequence[int], outs: Sequence[np.ndarray], *, verify: bool) -> list[int]:
         return [self.read_into(row, out, verify=verify) for row, out in zip(rows, outs, strict=True)]
+
+    def forget(self, row: int) -> None:
+        self._files.forget(self.file(row))
 
     def read_into(self, row: int, out: np.ndarray, *, verify: bool) -> int:
         """`read` of one view."""
@@ -341,8 +361,19 @@ def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
 
 def trouble(error: OSError, what: str) -> ShardDamage | ShardUnreachable:
     """What an error of the system means for the shard it came with."""
-    kind = ShardUnreachable if error.errno is not None and error.errno not in _DAMAGE else ShardDamage
-    return kind(f"{what} ({error.strerror or error})")
+    what = f"{what} ({error.strerror or error})"
+    if error.errno is None or error.errno in _DAMAGE:
+        return ShardDamage(what)
+    return ShardUnreachable(what, outdated=error.errno == errno.ESTALE)
+
+
+def open_for_reading(file: Path | str) -> int:
+    """A descriptor that gives the file's bytes as they are, on Windows too.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 def _descriptor_budget() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,30 @@ def test_any_failure_is_left_in_the_record(tiny: Any, tmp_path: Path, say: Say) 
     for name, reason in (("step", "RuntimeError: boom"), ("start", "ZeroDivisionError: none")):
         state = RunFolder.open(tmp_path / name).state()
         assert (state["state"], state["reason"]) == ("failed", reason)
+
+
+def test_threads_and_shards_are_closed_with_the_run(tiny: Any, tmp_path: Path, say: Say) -> None:
+    def left() -> list[str]:
+        shards = [str(fd.readlink()) for fd in Path("/proc/self/fd").glob("*") if fd.is_symlink()]
+        threads = [t.name for t in threading.enumerate() if t.name.startswith("features")]
+        return threads + [f for f in shards if str(tiny.store) in f]
+
+    held: list[Any] = []
+
+    def keeping(job: Any, **options: Any) -> Any:
+        held.append(job)
+        return train(job, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        train = training.stage.train
+        patch.setattr(training.stage, "train", keeping)
+        run(tiny, tmp_path / "whole", say)
+        assert left() == []
+        patch.setattr(loop, "train_step", at_call(2, loop.train_step, RuntimeError("boom")))
+        with pytest.raises(RuntimeError, match="boom"):
+            run(tiny, tmp_path / "failed", say)
+        assert left() == []
+    assert len(held) == 2
 
 
 def test_a_finished_run_stays_as_it_is(tiny: Any, whole: Path, tmp_path: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr.storage
 
-from rsmtdf.errors import StoreCorrupt, StoreError
+from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
+from rsmtdf.signals import StopFlag
 from rsmtdf.store.range_shards import RangeShards
 from rsmtdf.store.reader import FeatureReader
+from rsmtdf.store.remove import remove
 from rsmtdf.store.shards import ShardDamage, ShardUnreachable, shard_name, write_shard_file
 
 SHAPE = (3, 4)
@@ -64,6 +69,8 @@ class FakeObject:
 
     def read_ranges(self, starts: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         data = memoryview(self.server.get("ranges", self.key, len(starts)))
+        if any(s + n > len(data) for s, n in zip(starts, lengths, strict=True)):
+            raise OSError(errno.EIO, "range beyond the end", self.key)
         return [data[s : s + n] for s, n in zip(starts, lengths, strict=True)]
 
 
@@ -135,11 +142,12 @@ def test_trouble_on_the_way_is_no_damage(server) -> None:
     np.testing.assert_array_equal(read(source, 0), view(0)[None])
 
 
-def test_an_object_that_was_replaced_is_read_by_its_new_index(server, tmp_path) -> None:
+def test_an_object_that_was_replaced_is_read_by_its_new_index_once_the_old_is_forgotten(server, tmp_path) -> None:
     source = reader(server)
     read(source, 0)
     write_shard_file(tmp_path / "new", [view(0), view(1), view(2), view(3)])
     server.objects["a/c.0.0.0"] = (tmp_path / "new").read_bytes()
+    source.forget(3)
     np.testing.assert_array_equal(read(source, 3, 2), np.stack([view(3), view(2)]))
 
 
@@ -220,3 +228,57 @@ def test_damage_and_trouble_are_told_apart(remote) -> None:
         assert not isinstance(caught.value, StoreCorrupt)
         server.trouble = None
         reader.get_many([13])
+
+
+def upload(path: Path, server: Server) -> None:
+    """Makes the server's objects those of the store at `path`."""
+    server.objects = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def test_a_shard_that_lost_a_view_while_it_was_read(kit, path) -> None:
+    """The index kept from before points at the next view's bytes, and beyond the end: no damage."""
+    store = kit.full(path)
+    server = Server({})
+    upload(path, server)
+    teacher = store.teacher("t")
+    with FeatureReader(RemoteStore(store, server), "t", verify=False) as reader:
+        reader.get_many([5])
+        remove(path, stream="weak", seed=0, stop=StopFlag())  # rows 0 to 4; row 4 shares the shard of 5 to 7
+        upload(path, server)
+        for row in (5, 6, 7):
+            found = teacher.decode(
+                {k: torch.from_numpy(v) for k, v in reader.get_many([row]).items()}, device=torch.device("cpu")
+            )
+            assert found[0].equal(teacher.roundtrip(kit.feature("t", row)[None])[0])
+        with pytest.raises(StoreIncomplete, match=r"view 4 \(tile .*, weak, seed 0\) was removed .* cache rm"):
+            reader.get_many([4])
+
+
+def test_an_object_cut_short_is_no_trouble_on_the_way_once_it_is_whole_again(kit, path) -> None:
+    server = Server({})
+    store = kit.full(path)
+    upload(path, server)
+    with FeatureReader(RemoteStore(store, server), "t") as reader:
+        expected = reader.get_many([7])["features"].copy()
+        remove(path, stream="weak", seed=0, stop=StopFlag())
+        upload(path, server)
+        server.asked.clear()
+        np.testing.assert_array_equal(reader.get_many([7])["features"], expected)
+    assert [kind for kind, _, _ in server.asked] == ["ranges", "tail", "ranges"]
+
+
+def test_a_shard_that_gained_a_view_while_it_was_read(kit, path) -> None:
+    def write(rows: list[int], left: list[int]) -> None:
+        features = {"t": torch.stack([kit.feature("t", r) for r in rows])}
+        kit.write(store, 0, view_crcs={r: kit.crc(r) for r in rows}, left=left, features=features)
+        upload(path, server)
+
+    server = Server({})
+    store = kit.create(path)
+    store.extend([kit.weak(4, seeds=1)])
+    kit.add_teacher(store)
+    write([1, 2, 3], [0])
+    with FeatureReader(RemoteStore(store, server), "t") as reader:
+        expected = reader.get_many([1, 2, 3])["features"].copy()
+        write([0, 1, 2, 3], [])
+        np.testing.assert_array_equal(reader.get_many([1, 2, 3])["features"], expected)

@@ -10,6 +10,7 @@ import pytest
 import zarr
 
 from rsmtdf.store.arrays import array_metadata, write_metadata
+from rsmtdf.store.scan import ShardScanner
 from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, ShardUnreachable, shard_name, write_shard_file
 
 SHAPE = (3, 4)
@@ -181,3 +182,19 @@ def test_a_replaced_file_is_read_by_its_own_index(node):
     read(source, 4)  # closes the first
     write_shard_file(node / shard_name(0, 3), [view(9), view(8), view(7), view(6)])
     np.testing.assert_array_equal(read(source, 2), view(7))
+
+
+def test_files_are_opened_as_bytes_where_that_must_be_said(node, kit, path, monkeypatch):
+    """Windows turns line ends into others, and stops at a Ctrl-Z, without O_BINARY."""
+    store = kit.full(path)
+    flag, real, opened = 1 << 30, os.open, []
+
+    def opens(file, flags, *more, **named):
+        opened.append((Path(file).name, bool(flags & flag)))
+        return real(file, flags & ~flag, *more, **named)
+
+    monkeypatch.setattr(os, "O_BINARY", flag, raising=False)
+    monkeypatch.setattr(os, "open", opens)
+    read(reader(node), 0)
+    assert ShardScanner().scan(store.teacher("t"), 1, store.status("t")[4:8])[0] == []
+    assert opened == [("c.0.0.0", True), ("c.1.0.0", True)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -12,9 +13,12 @@ import torch
 import zarr
 
 from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
+from rsmtdf.signals import StopFlag
 from rsmtdf.specs import FeatureSource
 from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.reader import FeatureReader
+from rsmtdf.store.remove import remove
+from rsmtdf.store.store import FeatureStore
 
 
 def expected(kit, rows) -> torch.Tensor:
@@ -175,3 +179,67 @@ def test_a_system_without_preadv(kit, store, monkeypatch):
     with CachedFeatures(store, ["t"], device="cpu") as source:
         assert torch.equal(source.fetch(rows)["t"], expected(kit, rows))
         assert torch.equal(torch.cat([f["t"] for f in source.stream(np.split(rows, 6))]), expected(kit, rows))
+
+
+def test_a_file_that_is_replaced_while_it_is_open_goes_on_as_it_was(kit, store, path):
+    with FeatureReader(store, "t") as reader:
+        reader.get_many([5])
+        remove(path, stream="weak", seed=0, stop=StopFlag())  # rows 0 to 4; row 4 shares the shard of 5 to 7
+        found = reader.get_many([4, 5, 6, 7])["features"]
+    np.testing.assert_array_equal(found, expected(kit, [4, 5, 6, 7]).numpy())
+
+
+def test_a_damaged_file_that_was_mended_is_opened_again(kit, store, path):
+    file = path / "teachers" / "t" / "features" / "c.1.0.0"
+    good = file.read_bytes()
+    with FeatureReader(store, "t") as reader:
+        file.write_bytes(good[:10] + bytes([good[10] ^ 1]) + good[11:])
+        with pytest.raises(StoreCorrupt, match="cache repair"):
+            reader.get_many([4])
+        file.with_name("mended").write_bytes(good)
+        file.with_name("mended").replace(file)
+        np.testing.assert_array_equal(reader.get_many([4])["features"], expected(kit, [4]).numpy())
+
+
+def test_a_file_that_a_network_disk_no_longer_knows_is_opened_again(kit, store, monkeypatch):
+    real, stale = os.preadv, [True]
+
+    def preadv(*arguments):
+        if stale and stale.pop(0):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(*arguments)
+
+    with FeatureReader(store, "t") as reader:
+        reader.get_many([4])
+        monkeypatch.setattr(os, "preadv", preadv)
+        np.testing.assert_array_equal(reader.get_many([4])["features"], expected(kit, [4]).numpy())
+        stale[:] = [True, True]
+        with pytest.raises(StoreError, match=r"Stale file handle.* run the same command again") as caught:
+            reader.get_many([4])
+    assert not isinstance(caught.value, StoreCorrupt)
+
+
+@pytest.mark.parametrize("force_zarr", [False, True])
+def test_what_was_removed_meanwhile_is_called_so(store, path, force_zarr):
+    with FeatureReader(store, "t", force_zarr=force_zarr) as reader:
+        remove(path, stream="weak", seed=0, stop=StopFlag())
+        for row in (4, 0):  # absent from its shard; its shard is deleted
+            message = rf"view {row} \(tile scène/{row}_0, weak, seed 0\) was removed from .*{path} by rsmtdf cache rm"
+            with pytest.raises(StoreIncomplete, match=message):
+                reader.get_many([row])
+        # Only what is gone is called so: other damage keeps its advice.
+        (path / "teachers" / "t" / "features" / "c.2.0.0").unlink()
+        with pytest.raises(StoreCorrupt, match=r"view 8 .* cache repair"):
+            reader.get_many([8])
+    with pytest.raises(StoreIncomplete, match=r"view 0 .* was removed"):
+        CachedFeatures(store, ["t"], device="cpu", rows=np.arange(10))
+    with (
+        FeatureReader(store, "t", force_zarr=force_zarr) as reader,
+        pytest.raises(StoreIncomplete, match=r"view 3 .* was removed"),
+    ):
+        reader.get_many([5, 3])
+    opened = FeatureStore.open(path)
+    with FeatureReader(opened, "t", force_zarr=force_zarr) as reader:
+        remove(path, teacher="t", stop=StopFlag())
+        with pytest.raises(StoreIncomplete, match=r"teacher 't' was removed from"):
+            reader.get_many([12])
