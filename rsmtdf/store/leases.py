@@ -97,7 +97,7 @@ class ObjectLocks:
             span = f"shard {first}" if first == last else f"shards {first} to {last}"
             return (
                 f"{span} of feature store {self._store} are already claimed by {owner}; let it finish, "
-                "give this process other shards, or stop that process (its claim ends with it)"
+                "fill another store and merge the two, or stop that process (its claim ends with it)"
             )
 
         wanted = runs(shards)

@@ -102,7 +102,7 @@ class StoreLocks:
                     span = f"shard {first}" if first == last else f"shards {first} to {last}"
                     raise StoreError(
                         f"{span} of feature store {self._store} are already claimed by {owner}; let it finish, "
-                        "give this process other shards, or stop that process (its claim ends with it)"
+                        "fill another store and merge the two, or stop that process (its claim ends with it)"
                     )
             yield
 
@@ -123,6 +123,7 @@ class StoreLocks:
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
         try:
+            self._file.parent.mkdir(exist_ok=True)  # a store whose notes were thrown away is a store
             fd = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise StoreError(

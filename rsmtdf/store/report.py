@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rsmtdf.specs import digest, to_dict
-from rsmtdf.store.places import sizes, tree_bytes
+from rsmtdf.store.places import can_list, sizes, tree_bytes
 from rsmtdf.store.segments import padded, shard_runs
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 
@@ -52,12 +52,12 @@ def info(store: FeatureStore) -> dict[str, Any]:
             "spec": to_dict(teacher.spec),
             "identity": digest({"feature": teacher.spec.identity(), "codec": teacher.codec, "rule": rule}),
             "codec": teacher.codec,
-            "typical_error": TYPICAL_ERROR.get(teacher.codec),
+            "typical_error": _typical_error(teacher),
             "done": done,
             "skipped": skipped,
             "complete": done + skipped == store.n_views,
             "bytes_per_view": teacher.bytes_per_view,
-            "bytes": tree_bytes(teacher.path),
+            "bytes": tree_bytes(teacher.path) if can_list(teacher.path) else None,
             "bytes_by_stream": _bytes_by_stream(teacher, streams),
             "statistics": dict(teacher.statistics),
             "streams": {
@@ -81,7 +81,7 @@ def info(store: FeatureStore) -> dict[str, Any]:
         # A store without a teacher or without a view has nothing to train from, so it is not complete.
         "complete": bool(teachers) and store.n_views > 0 and all(t["complete"] for t in teachers.values()),
         "sealed": _is_sealed(store),
-        "bytes": tree_bytes(store.path),
+        "bytes": tree_bytes(store.path) if can_list(store.path) else None,
         "bytes_per_view": {name: t["bytes_per_view"] for name, t in teachers.items()},
         "segments": [to_dict(s) | {"rows": s.rows} for s in store.segments],
         "seeds": [run.as_dict() for run in seed_runs(progress, store)],

@@ -172,7 +172,7 @@ def _still_view(contents: Contents, teacher: str | None = None) -> np.ndarray:
         return real  # the small things' damage tells of that
     if teacher is not None and now.teachers.get(teacher) != before.teachers.get(teacher):
         return np.zeros_like(real)
-    return real & _covered(now, before.n_rows)
+    return np.asarray(real & _covered(now, before.n_rows), dtype=bool)
 
 
 def _check_status(contents: Contents, report: VerifyReport) -> dict[str, np.ndarray]:
@@ -213,7 +213,7 @@ def _words(contents: Contents, status: StatusArray, teacher: str | None, report:
         found = {k: v for k, v in again.items() if k in found}
         real = _still_view(contents, teacher)
         odd &= _odd_words(words, real, status.shard_views)
-        was, there = (r.reshape(-1, status.shard_views).any(axis=1) for r in (is_view(contents), real))
+        was, there = (np.any(r.reshape(-1, status.shard_views), axis=1).tolist() for r in (is_view(contents), real))
         found = {k: v for k, v in found.items() if k is None or there[k] or not was[k]}
     for shard, what in found.items():
         file = status.sealed_file if shard is None else status.chunk_file(shard)
