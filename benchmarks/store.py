@@ -56,7 +56,7 @@ def main() -> None:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON-ready data."""
-    found: dict[str, Any] = {"machine": machine.facts(folder)}
+    found: dict[str, Any] = {"machine": machine.facts(folder), "quick": arguments.quick}
     say("which readers notice a flipped bit")
     found["notices"] = {w.name: notices_a_flipped_bit(w) for w in WAYS.values() if w.name != LIMIT}
     spec = teacher_spec(grid=(8, 8), dim=64) if arguments.quick else teacher_spec()

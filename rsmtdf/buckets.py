@@ -53,6 +53,9 @@ class Bucket:
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
+    def __deepcopy__(self, memo: object) -> Bucket:
+        return self  # clients cannot be copied, and need not be
+
     def __reduce__(self) -> tuple[type[Bucket], tuple[str, str, float]]:
         return Bucket, (self.scheme, self.authority, self.retry_s)
 

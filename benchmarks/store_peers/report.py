@@ -64,7 +64,8 @@ def _parts(found: Mapping[str, Any]) -> list[str]:
     views = found["opening"]["sealed"][0]["views"]
     parts.append(f"**Opening a store of {views:,} views (two teachers), and the index of an epoch**")
     parts.append(_opening(found["opening"]))
-    parts += ["**Goals**", _goals(found)]
+    if not found["quick"]:
+        parts += ["**Goals**", _goals(found)]
     return parts
 
 

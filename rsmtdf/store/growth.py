@@ -33,7 +33,7 @@ from rsmtdf.store.arrays import (
 from rsmtdf.store.leases import locks_of
 from rsmtdf.store.locks import LOCK_FILE
 from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, commit_first, library_versions
-from rsmtdf.store.places import remove_tree
+from rsmtdf.store.places import names, remove_tree
 from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, plan_growth, view_keys
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout, resize_teacher
@@ -95,7 +95,7 @@ def is_taken(path: StorePath) -> bool:
     """Whether something is at `path` that a new store must not replace."""
     if isinstance(path, ObjectPath):
         # Without the root's metadata the rest is what a creation that was cut short has left.
-        return bool(set(path.names()) - {"tiles", "views", "teachers", "provenance"})
+        return bool(set(names(path)) - {"tiles", "views", "teachers", "provenance"})
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 

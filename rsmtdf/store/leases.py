@@ -135,6 +135,7 @@ class ObjectLocks:
         self, wanted: list[tuple[int, int]] | None, refusal: Callable[[tuple[int, int] | None, str], str]
     ) -> Iterator[None]:
         self._require_writable()
+        told = False
         while True:
             blocking = self._blocking(wanted)
             alive = [self._is_alive(claim) for _, claim in blocking]
@@ -142,6 +143,10 @@ class ObjectLocks:
                 run, claim = blocking[alive.index(True)]
                 raise StoreError(refusal(run, claim.owner))
             if None in alive:
+                if not told:
+                    told = True
+                    owner = blocking[alive.index(None)][1].owner
+                    log.info("%s has claimed shards of %s: seeing whether it is still alive", owner, self._store)
                 time.sleep(self._lease_s / 4 / RENEWALS)
             elif (lease := self._add_claim(wanted)) is not None:
                 break
@@ -208,7 +213,11 @@ class ObjectLocks:
                 self._require_conditions(lease)
                 return lease
             if not told and owner is not None:
-                log.info("waiting for %s, which is changing the feature store %s", owner, self._store)
+                log.info(
+                    "waiting for %s, which is changing the feature store %s (if it has died, for about 40 s)",
+                    owner,
+                    self._store,
+                )
                 told = True
             if self._clock() - start > timeout_s:
                 raise StoreError(

@@ -126,7 +126,10 @@ def load(path: StorePath) -> Manifest:
     if read(path / METADATA) is None:
         if read(path / "views" / "status" / METADATA) is not None:  # no other tool makes this
             raise damaged(path / METADATA, "is missing, though the rest of a feature store is there")
-        state = "a folder without Zarr metadata" if path.is_dir() else "a file" if path.exists() else "nothing"
+        try:
+            state = "a folder without Zarr metadata" if path.is_dir() else "a file" if path.exists() else "nothing"
+        except OSError as error:
+            state = f"nothing that could be read ({error.strerror})"
         raise StoreNotFound(f"no feature store at {path}: there is {state}. Make one with: rsmtdf cache-features")
     attributes = read_metadata(path).get("attributes")
     if not isinstance(attributes, dict) or KEY not in attributes:

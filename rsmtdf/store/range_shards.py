@@ -28,6 +28,11 @@ from rsmtdf.store.shards import (
     view_offset,
 )
 
+_NO_RANGES = (
+    "the server does not answer requests for byte ranges (python -m http.server does not); use one that does, or a "
+    "copy on a disk"
+)
+
 
 class RangeObject(Protocol):
     """The part of `rsmtdf.objects.ObjectPath` that this needs. What it raises are OSErrors, as files do."""
@@ -101,6 +106,8 @@ class RangeShards:
         except FileNotFoundError:
             raise ShardDamage("the shard file is missing") from None
         except OSError as error:
+            if error.errno == errno.ENOTSUP:
+                raise ShardUnreachable(_NO_RANGES) from error
             raise ShardUnreachable(f"reading its index failed: {error.strerror or error}") from error
         if size < n:
             raise ShardDamage(f"the shard file is cut short: {size} bytes, its index alone has {n}")
@@ -118,6 +125,8 @@ class RangeShards:
         except FileNotFoundError:
             raise ShardDamage("the shard file is missing") from None
         except OSError as error:
+            if error.errno == errno.ENOTSUP:
+                raise ShardUnreachable(_NO_RANGES) from error
             what = f"reading {len(starts)} view(s) of {length:,} bytes failed: {error.strerror or error}"
             # Ranges beyond the end of an object are EIO too.
             raise ShardUnreachable(what, outdated=error.errno == errno.EIO) from error

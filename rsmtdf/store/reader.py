@@ -94,6 +94,8 @@ class FeatureReader:
         words = store.status(teacher)
         self._done = state_of(words) == DONE
         self._crcs = crc_of(words)
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; expected at least 1")
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="features") if threads > 1 else None
         self._threads = threads
         self._own = files is None
@@ -136,7 +138,8 @@ class FeatureReader:
                 when this returns or raises.
 
         Raises:
-            StoreIncomplete: a view is not done, or was removed meanwhile.
+            ValueError: `view_ids` are no row numbers, or `out` does not fit.
+            StoreIncomplete: there is no such row, or its view is not done, or was removed meanwhile.
             StoreCorrupt: a view is damaged or missing; nothing in `out` is to be used.
             StoreError: it cannot be read now; nothing is known to be wrong with it.
         """
@@ -160,7 +163,7 @@ class FeatureReader:
 
         A piece is the work of one view, or of the views of one shard where that is one request.
         """
-        rows = np.asarray(view_ids, dtype=np.int64)
+        rows = self._rows_of(view_ids)
         flat = [_bytes_of(out[a.name], a, len(rows)) for a in self.teacher.arrays]
         asked = rows.tolist()
         units = [[slot] for slot in range(len(asked))]
@@ -170,6 +173,19 @@ class FeatureReader:
             partial(self._read, [asked[slot] for slot in unit], [[f[slot] for slot in unit] for f in flat])
             for unit in units
         ]
+
+    def _rows_of(self, view_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """int64 [b], each a row that the store has."""
+        rows = np.asarray(view_ids)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise ValueError(
+                f"view_ids are {rows.dtype} {rows.shape}; expected a 1-D sequence of row numbers (integers)"
+            )
+        n = len(self._done)
+        if rows.size and (rows.min() < 0 or rows.max() >= n):
+            bad = int(rows[(rows < 0) | (rows >= n)][0])
+            raise StoreIncomplete(f"feature store {self._store.path} has rows 0 to {n - 1}, not {bad}")
+        return rows.astype(np.int64)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -277,9 +293,13 @@ def _bytes_of(values: np.ndarray, array: EncodedArray, views: int) -> np.ndarray
         ValueError: the values are of another shape or dtype, or not contiguous.
     """
     expected = (views, *array.shape)
-    if values.shape != expected or values.dtype != array.dtype or not values.flags.c_contiguous:
+    if (
+        values.shape != expected
+        or values.dtype != array.dtype
+        or not (values.flags.c_contiguous and values.flags.writeable)
+    ):
         raise ValueError(
-            f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous"
+            f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous and writeable"
         )
     return values.view(np.uint8).reshape(views, array.view_bytes) if views else np.empty((0, 0), np.uint8)
 

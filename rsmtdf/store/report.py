@@ -154,6 +154,8 @@ def _stream_of_shard(store: FeatureStore) -> dict[int, str]:
 
 def _bytes_by_stream(teacher: StoredTeacher, streams: Mapping[int, str]) -> dict[str, int]:
     found: dict[str, int] = {}
+    if not can_list(teacher.path):
+        return found
     for array in teacher.arrays:
         for name, size in sizes(teacher.path / array.name):
             parts = name.split(".")
@@ -173,3 +175,10 @@ def _per_seed(store: FeatureStore, state: np.ndarray) -> dict[str, dict[int, Pro
             before = seeds.get(seed, Progress(0, 0, 0))
             seeds[seed] = Progress(before.done + done[k], before.skipped + skipped[k], before.total + s.tiles)
     return found
+
+
+def _typical_error(teacher: StoredTeacher) -> float | None:
+    """Of the coarsest codec that the values went through; None where one is not known."""
+    chain = [*teacher.statistics.get("recoded_from", []), teacher.codec]
+    known = [TYPICAL_ERROR[codec] for codec in chain if codec in TYPICAL_ERROR]
+    return max(known) if len(known) == len(chain) else None

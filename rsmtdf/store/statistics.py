@@ -115,7 +115,7 @@ class ChannelStatistics:
             "constant_channels": np.flatnonzero(std < STD_FLOOR).tolist(),
             "outlier_channels": np.flatnonzero(self.absmax > OUTLIER_STDS * floor).tolist(),
             "outlier_tokens": self.norms.outliers,
-            "token_norm_median": self.norms.median,
+            "token_norm_median": min(self.norms.median, self.norms.max),
             "token_norm_max": self.norms.max,
         }
 

@@ -7,10 +7,12 @@ import time
 
 import pytest
 
-from rsmtdf.errors import StoreError
+from rsmtdf.errors import StoreError, StoreNotFound
+from rsmtdf.objects import store_path
 from rsmtdf.signals import StopFlag
 from rsmtdf.store import growth, repair
 from rsmtdf.store.leases import ObjectLocks
+from rsmtdf.store.merge import merge
 from rsmtdf.store.recode import recode
 from rsmtdf.store.status import TODO, state_of
 from rsmtdf.store.store import FeatureStore
@@ -90,3 +92,29 @@ def test_a_repair_that_stood_still_too_long_changes_nothing(kit, place, monkeypa
     with pytest.raises(StoreError):
         repair.repair(place, stop=StopFlag(), progress=progress)
     assert FeatureStore.open(place).usable(["t"])[:4].all()
+
+
+def test_merging_in_a_bucket_tells_what_it_did(kit, place):
+    a, b = place / "a", place / "b"
+    store = kit.create(a)
+    store.extend([kit.weak()])
+    kit.add_teacher(store)
+    kit.fill(store)
+    other = kit.create(b)
+    other.extend([kit.weak(start=5)])
+    kit.add_teacher(other)
+    kit.fill(other)
+    report = merge(a, b, stop=StopFlag())
+    assert report.as_dict()["store"] == str(a)
+    assert FeatureStore.open(a).n_views == 20
+    assert verify(a, stop=StopFlag()).damage == []
+
+
+def test_a_bucket_that_is_not_there(kit, place):
+    nowhere = store_path("s3://no-such-bucket/x.zarr", retry_s=2)
+    with pytest.raises(StoreNotFound, match="no feature store at s3://no-such-bucket/x.zarr"):
+        FeatureStore.open(nowhere)
+    with pytest.raises(StoreError, match="cannot make a feature store at s3://no-such-bucket/x.zarr"):
+        kit.create(nowhere)
+    with pytest.raises(StoreError):
+        verify(nowhere, stop=StopFlag())

@@ -243,3 +243,22 @@ def test_what_was_removed_meanwhile_is_called_so(store, path, force_zarr):
         remove(path, teacher="t", stop=StopFlag())
         with pytest.raises(StoreIncomplete, match=r"teacher 't' was removed from"):
             reader.get_many([12])
+
+
+@pytest.mark.parametrize("force_zarr", [False, True])
+def test_ids_that_are_no_rows_of_the_store(store, force_zarr):
+    n = store.n_rows
+    with FeatureReader(store, "t", force_zarr=force_zarr) as reader:
+        for bad in ([-1], [n], [0, n + 7]):
+            with pytest.raises(StoreIncomplete, match=rf"has rows 0 to {n - 1}, not "):
+                reader.get_many(bad)
+        for odd in (np.arange(n) == 5, [5.9], ["5"], [[1, 2]]):
+            with pytest.raises(ValueError, match="view_ids are"):
+                reader.get_many(odd)
+        assert reader.get_many([])["features"].shape == (0, 6, 8)
+        fixed = reader.empty(1)
+        fixed["features"].flags.writeable = False
+        with pytest.raises(ValueError, match="writeable"):
+            reader.get_many([1], out=fixed)
+    with pytest.raises(ValueError, match="threads is 0"):
+        FeatureReader(store, "t", threads=0)
