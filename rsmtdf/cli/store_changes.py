@@ -12,7 +12,7 @@ from rsmtdf.signals import StopFlag
 from rsmtdf.specs import STREAMS, Stream
 from rsmtdf.store.merge import MergeReport, merge
 from rsmtdf.store.recode import RecodeReport, recode
-from rsmtdf.store.remove import RemovalReport, plan_removal, remove
+from rsmtdf.store.remove import RemovalReport, has_remains, plan_removal, remove
 from rsmtdf.store.store import FeatureStore
 
 VIEWS_SHOWN = 20
@@ -64,7 +64,7 @@ def removal_plan(
     """What a removal would take away; None where it is gone already, and perhaps only its disk is not free yet.
 
     Raises:
-        StoreIncomplete: likewise, for a dry run.
+        StoreIncomplete: likewise, for a dry run; or nothing on disk is left of such a teacher or seed either.
         ConfigError: neither or both of a teacher and a seed are asked for, or no such stream.
     """
     if (teacher is None) == (seed is None):
@@ -73,7 +73,7 @@ def removal_plan(
     try:
         plan = plan_removal(store, teacher=teacher, seed=seed, stream=of, generation=generation)
     except StoreIncomplete:
-        if dry_run:
+        if dry_run or not has_remains(store, teacher=teacher, seed=seed, stream=of, generation=generation):
             raise
         return None
     runs = "runs that used its features" if teacher is not None else "runs that used these views"

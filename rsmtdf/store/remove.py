@@ -9,7 +9,8 @@ they are and the file is replaced whole, so there is no moment at which one of t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,8 @@ def plan_removal(
     if (teacher is None) == (seed is None):
         raise StoreError("give either a teacher or a seed to remove")
     if teacher is not None:
+        if teacher not in store.teachers:
+            raise StoreIncomplete(f"feature store {store.path} has no teacher {teacher!r}; {_nearest(store, teacher)}")
         stored = store.teacher(teacher)
         others = [name for name in store.teachers if name != teacher]
         done = int(np.count_nonzero(store.usable([teacher])))
@@ -96,6 +99,20 @@ def plan_removal(
         bytes=sum(int(store.usable([t.name])[rows].sum()) * t.bytes_per_view for t in store.teachers.values()),
         remaining=f"{stream} seeds left: {len(seeds) or 'none'}",
     )
+
+
+def has_remains(
+    store: FeatureStore,
+    *,
+    teacher: str | None = None,
+    seed: int | None = None,
+    stream: Stream = "strong",
+    generation: int | None = None,
+) -> bool:
+    """Whether a removal of just this, which was cut short, may have left something on disk."""
+    if teacher is not None:
+        return teacher not in store.teachers and teacher in _teacher_remains(store)
+    return seed is not None and len(_seed_remains(store, stream, seed, generation)) > 0
 
 
 def remove(
@@ -139,9 +156,11 @@ def remove(
             try:
                 report = plan_removal(store, teacher=teacher, seed=seed, stream=stream, generation=generation)
             except StoreIncomplete:
-                # Perhaps it was removed by a call that was cut short.
+                # Perhaps it was removed by a call that was cut short; then just what that call has left is cleared.
                 report = _nothing_more(store)
-                _clear(store, report, stop, progress, on_step)
+                teachers = _teacher_remains(store) & {teacher}
+                rows = np.empty(0, np.int64) if seed is None else _seed_remains(store, stream, seed, generation)
+                _clear(store, report, teachers, rows, stop, progress, on_step)
                 if not (report.bytes or report.left):
                     raise
                 return report
@@ -152,7 +171,7 @@ def remove(
             is_done = True
             on_step("manifest")
             report.bytes = 0
-            _clear(store, report, stop, progress, on_step)
+            _clear(store, report, _teacher_remains(store), store.removed_rows(), stop, progress, on_step)
         _seal(store, report)
     except OSError as error:
         if isinstance(error, StoreError):
@@ -176,7 +195,7 @@ def reclaim(
         except StoreError:
             return None
         report = _nothing_more(store)
-        _clear(store, report, stop, progress, lambda step: None)
+        _clear(store, report, _teacher_remains(store), store.removed_rows(), stop, progress, lambda step: None)
     return report
 
 
@@ -213,18 +232,39 @@ def _statuses(store: FeatureStore) -> list[StatusArray]:
     return [store.view_status_array, *(t.status for t in store.teachers.values())]
 
 
+def _nearest(store: FeatureStore, name: str) -> str:
+    """The teachers that a name which is none of them may have meant."""
+    near = difflib.get_close_matches(name, store.teachers, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(store.teachers) or 'none'}"
+
+
+def _teacher_remains(store: FeatureStore) -> set[str]:
+    """Folders of teachers that the manifest does not name."""
+    return {*names(store.path / "teachers")} - {METADATA, *store.teachers}
+
+
+def _seed_remains(store: FeatureStore, stream: Stream, seed: int, generation: int | None) -> np.ndarray:
+    """int64 rows that were views of the seed, and are none."""
+    rows = store.removed_rows()
+    was = (store.column("stream")[rows] == STREAMS.index(stream)) & (store.column("seed")[rows] == seed)
+    if generation is not None:
+        was &= store.column("generation")[rows] == generation
+    return rows[was]
+
+
 def _clear(
     store: FeatureStore,
     report: RemovalReport,
+    teachers: Collection[str],
+    rows: np.ndarray,
     stop: StopFlag,
     progress: Callable[[int, int], None],
     on_step: Step,
 ) -> None:
-    """Frees the disk of rows and teachers that the manifest no longer has. The caller owns everything."""
-    for name in sorted({*names(store.path / "teachers")} - {METADATA, *store.teachers}):
+    """Frees the disk of `rows` and `teachers`, which the manifest no longer has. The caller owns everything."""
+    for name in sorted(teachers):
         report.bytes += discard_teacher(store.path, name)
         on_step(f"teacher {name}")
-    rows = store.removed_rows()
     slots: dict[int, list[int]] = {}
     for row in rows.tolist():
         slots.setdefault(row // store.shard_views, []).append(row % store.shard_views)

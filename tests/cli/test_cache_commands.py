@@ -259,6 +259,20 @@ def test_rm_of_what_is_not_there(tiny: Any, command: Run) -> None:
     assert "--stream odd" in command("cache", "rm", tiny.store, "--seed", "0", "--stream", "odd").err
 
 
+def test_a_teacher_mistyped_clears_nothing_of_others(tiny: Any, command: Run) -> None:
+    remains = tiny.store / "teachers" / "old"
+    remains.mkdir()
+    (remains / "x").write_bytes(b"1" * 100)
+    said = command("cache", "rm", tiny.store, "--teacher", "desne", "--yes")
+    assert said.code == 2
+    assert "no teacher 'desne'; did you mean dense?" in said.err
+    assert remains.exists()
+    said = command("cache", "rm", tiny.store, "--teacher", "old", "--yes")
+    assert said.code == 0, said.err
+    assert "removed    what an earlier removal left" in said.out
+    assert not remains.exists()
+
+
 def test_the_same_rm_again(tiny: Any, command: Run) -> None:
     """It clears what a kill left on disk; where there is nothing, it says that the seed is not there."""
     copy = tiny.folder / "copy.zarr"

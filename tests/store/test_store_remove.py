@@ -14,7 +14,7 @@ from rsmtdf.errors import StoreError, StoreIncomplete
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.store.cached import CachedFeatures
 from rsmtdf.store.reader import FeatureReader
-from rsmtdf.store.remove import plan_removal, reclaim, remove
+from rsmtdf.store.remove import has_remains, plan_removal, reclaim, remove
 from rsmtdf.store.segments import Segment, shard_runs
 from rsmtdf.store.status import DONE, HOLE, state_of, word
 from rsmtdf.store.store import FeatureStore
@@ -326,6 +326,47 @@ def test_the_same_removal_again_clears_what_a_kill_left(kit, path, what):
     check(kit, path, teachers=["t"] if "teacher" in what else ["t", "u"])
     with pytest.raises(StoreIncomplete):
         rm(path, **what)
+
+
+def test_only_what_was_asked_for_again_is_cleared(kit, path):
+    """Two removals were cut short: naming one of them, or a thing that never was, leaves the other's remains alone."""
+    two_teachers(kit, path)
+
+    def on_step(name):
+        raise Killed(name)
+
+    for what in ({"seed": 1}, {"seed": 1, "stream": "weak"}, {"teacher": "u"}):
+        with pytest.raises(Killed, match="manifest"):
+            remove(path, stop=StopFlag(), on_step=on_step, **what)
+    (path / "teachers/v").mkdir()
+    (path / "teachers/v/x").write_bytes(b"12345")
+    store, before = FeatureStore.open(path), disk(path)
+    for what in ({"teacher": "x"}, {"seed": 3}, {"seed": 1, "generation": 1}):
+        assert not has_remains(store, **what)
+        with pytest.raises(StoreIncomplete):
+            rm(path, **what)
+        assert disk(path) == before
+    assert has_remains(store, seed=1)
+    assert rm(path, seed=1).shards_deleted == 2
+    assert {f.name for f in (path / "teachers").iterdir()} == {"zarr.json", "t", "u", "v"}
+    weak = path / "teachers/t/features/c.0.0.0"
+    size = weak.stat().st_size
+    assert rm(path, teacher="v").bytes == 5
+    assert rm(path, teacher="u").bytes > 0
+    assert {f.name for f in (path / "teachers").iterdir()} == {"zarr.json", "t"}
+    assert weak.stat().st_size == size
+    assert rm(path, seed=1, stream="weak").bytes > 0
+    assert litter(path) == []
+    check(kit, path, teachers=["t"])
+
+
+def test_the_nearest_teachers_are_named(kit, path):
+    store = kit.full(path)
+    kit.add_teacher(store, "dinov2-base")
+    with pytest.raises(StoreIncomplete, match=r"no teacher 'dinov2-bsae'; did you mean dinov2-base\?"):
+        rm(path, teacher="dinov2-bsae")
+    with pytest.raises(StoreIncomplete, match=r"no teacher 'x'; it has: t, dinov2-base"):
+        rm(path, teacher="x")
 
 
 @pytest.mark.parametrize("calls", range(1, 9))
