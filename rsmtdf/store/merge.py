@@ -8,7 +8,6 @@ cut short has added fewer views, and the same call goes on.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -58,7 +57,7 @@ class MergeReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**dataclasses.asdict(self), "store": str(self.store), "source": str(self.source)}
+        return {**vars(self), "store": str(self.store), "source": str(self.source)}
 
 
 def merge(
