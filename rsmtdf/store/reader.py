@@ -299,7 +299,8 @@ def _bytes_of(values: np.ndarray, array: EncodedArray, views: int) -> np.ndarray
         or not (values.flags.c_contiguous and values.flags.writeable)
     ):
         raise ValueError(
-            f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous and writeable"
+            f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous "
+            "and writeable"
         )
     return values.view(np.uint8).reshape(views, array.view_bytes) if views else np.empty((0, 0), np.uint8)
 

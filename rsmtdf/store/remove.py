@@ -249,7 +249,7 @@ def _seed_remains(store: FeatureStore, stream: Stream, seed: int, generation: in
     was = (store.column("stream")[rows] == STREAMS.index(stream)) & (store.column("seed")[rows] == seed)
     if generation is not None:
         was &= store.column("generation")[rows] == generation
-    return rows[was]
+    return np.asarray(rows[was])
 
 
 def _clear(
@@ -298,9 +298,11 @@ def _mark_holes(
         if status.chunk_file(shard).exists() and not (words[gone] == word(HOLE)).all():
             words[gone] = word(HOLE)
             dirty[shard] = words
+    store.claims.still_held()
     status.unseal(*dirty)
     on_step("unseal")
     for shard, words in dirty.items():
+        store.claims.still_held()
         if len(store.rows_of_shard(shard)):
             status.write_shard(shard, words)
         else:
@@ -310,6 +312,7 @@ def _mark_holes(
 
 
 def _free_shard(store: FeatureStore, shard: int, slots: list[int], report: RemovalReport, on_step: Step) -> None:
+    store.claims.still_held()
     is_whole = not len(store.rows_of_shard(shard))
     freed = 0
     for teacher in store.teachers.values():
