@@ -11,15 +11,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rsmtdf.errors import StoreError
 from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.store import audit
@@ -27,12 +24,9 @@ from rsmtdf.store.arrays import METADATA
 from rsmtdf.store.audit import Contents, read_contents
 from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.foreign import ForeignTeacher, foreign_arrays
-from rsmtdf.store.manifest import Manifest, load
-from rsmtdf.store.scan import Finding, ShardScanner
-from rsmtdf.store.shards import ShardUnreachable
+from rsmtdf.store.shard_checks import Unit, scanned, still_views, views_of
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.store.stored_teacher import StoredTeacher
 
 OBJECT_THREADS = 16
 """Shards of object storage read at a time: one request is slow, many are not."""
@@ -150,29 +144,7 @@ def _small_damage(contents: Contents | Damage) -> tuple[list[Damage], list[str]]
 
 def is_view(contents: Contents) -> np.ndarray:
     """bool [n_rows]: rows that are no holes."""
-    return _covered(contents.manifest, contents.manifest.n_rows)
-
-
-def _covered(manifest: Manifest, n_rows: int) -> np.ndarray:
-    real = np.zeros(n_rows, bool)
-    for s in manifest.segments:
-        real[s.row_start : s.row_stop] = True
-    return real
-
-
-def _still_view(contents: Contents, teacher: str | None = None) -> np.ndarray:
-    """bool [n_rows]: rows that are views (of `teacher`) also for the manifest that is there now.
-
-    A removal commits it first of all, so that nothing it takes away is missed here.
-    """
-    real, before = is_view(contents), contents.manifest
-    try:
-        now = load(contents.path)
-    except (StoreError, OSError):
-        return real  # the small things' damage tells of that
-    if teacher is not None and now.teachers.get(teacher) != before.teachers.get(teacher):
-        return np.zeros_like(real)
-    return np.asarray(real & _covered(now, before.n_rows), dtype=bool)
+    return views_of(contents.manifest, contents.manifest.n_rows)
 
 
 def _check_status(contents: Contents, report: VerifyReport) -> dict[str, np.ndarray]:
@@ -191,7 +163,7 @@ def _check_status(contents: Contents, report: VerifyReport) -> dict[str, np.ndar
         state = state_of(teacher_words)
         odd = (state == DONE) & real & ~made
         if odd.any():
-            odd &= _still_view(contents, name)
+            odd &= still_views(contents, name)
         unvouched |= set((np.flatnonzero(odd) // manifest.shard_views).tolist()) - lost
         report.teachers[name] = TeacherState(
             done=int(((state == DONE) & real).sum()),
@@ -211,10 +183,10 @@ def _words(contents: Contents, status: StatusArray, teacher: str | None, report:
     if found or odd:
         words, again = status.survey(n_rows)
         found = {k: v for k, v in again.items() if k in found}
-        real = _still_view(contents, teacher)
+        real = still_views(contents, teacher)
         odd &= _odd_words(words, real, status.shard_views)
-        was, there = (np.any(r.reshape(-1, status.shard_views), axis=1).tolist() for r in (is_view(contents), real))
-        found = {k: v for k, v in found.items() if k is None or there[k] or not was[k]}
+        gone = _shards(is_view(contents), status.shard_views) - _shards(real, status.shard_views)
+        found = {k: v for k, v in found.items() if k not in gone}
     for shard, what in found.items():
         file = status.sealed_file if shard is None else status.chunk_file(shard)
         kind: Kind = "seal" if shard is None else "status"
@@ -232,7 +204,12 @@ def _odd_words(words: np.ndarray, real: np.ndarray, shard_views: int) -> set[int
     removal that was cut short leaves them as they were.
     """
     odd = real & ((words >> np.uint64(34) != 0) | (state_of(words) == HOLE))
-    return set((np.flatnonzero(odd) // shard_views).tolist())
+    return _shards(odd, shard_views)
+
+
+def _shards(rows: np.ndarray, shard_views: int) -> set[int]:
+    """Shards with a row that is true."""
+    return set((np.flatnonzero(rows) // shard_views).tolist())
 
 
 def _told_foreign(contents: Contents, words: dict[str, np.ndarray], report: VerifyReport) -> dict[str, ForeignTeacher]:
@@ -254,21 +231,6 @@ def _describer(contents: Contents) -> Callable[[int], str]:
     return FeatureStore(path=contents.path, manifest=bare, writable=False).describe
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """One shard of one teacher."""
-
-    contents: Contents
-    teacher: StoredTeacher
-    shard: int
-    words: np.ndarray
-    foreign: ForeignTeacher | None
-
-    @property
-    def views(self) -> int:
-        return int((state_of(self.words) == DONE).sum())
-
-
 def _check_features(
     contents: Contents,
     words: dict[str, np.ndarray],
@@ -281,13 +243,13 @@ def _check_features(
     """Every payload whose status word says that it is there."""
     per, real = contents.manifest.shard_views, is_view(contents)
     units = [
-        _Unit(contents, teacher, int(shard), words[name][shard * per : (shard + 1) * per], foreign.get(name))
+        Unit(contents, teacher, int(shard), words[name][shard * per : (shard + 1) * per], foreign.get(name))
         for name, teacher in contents.teachers.items()
         for shard in np.unique(np.flatnonzero((state_of(words[name]) == DONE) & real) // per)
     ]
     total = sum(u.views * u.teacher.bytes_per_view for u in units)
     begun, done = time.perf_counter(), 0
-    for unit, found, size in _scanned(units, report.threads, stop, contents.path):
+    for unit, found, size in scanned(units, report.threads, stop, contents.path):
         report.bytes_read += size
         report.teachers[unit.teacher.name].checked += unit.views
         for slot, file, what in found:
@@ -306,60 +268,3 @@ def _check_features(
         done += unit.views * unit.teacher.bytes_per_view
         progress(done, total)
     report.seconds = time.perf_counter() - begun
-
-
-def _scanned(
-    units: list[_Unit], threads: int, stop: StopFlag, path: StorePath
-) -> Iterator[tuple[_Unit, list[Finding], int]]:
-    """The units in order with what is wrong with each, scanned a few ahead."""
-    scanner = ShardScanner()
-    queue: deque[tuple[_Unit, Future[tuple[list[Finding], int]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        for unit in units:
-            stop.check(f"stopped; nothing was changed. To check again: rsmtdf cache verify {path}")
-            queue.append((unit, pool.submit(_scan, scanner, unit)))
-            if len(queue) > 2 * threads:
-                first, future = queue.popleft()
-                yield first, *future.result()
-        for unit, future in queue:
-            yield unit, *future.result()
-
-
-def _scan(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
-    try:
-        return _scan_settled(scanner, unit)
-    except ShardUnreachable as error:
-        raise StoreError(
-            f"cannot read shard {unit.shard} of {unit.teacher.path}: {error}. Nothing is known to be wrong with the "
-            "store: check the disk, the network and the permissions, then run the same command again"
-        ) from error
-
-
-def _scan_settled(scanner: ShardScanner, unit: _Unit) -> tuple[list[Finding], int]:
-    found, size = _scan_words(scanner, unit, unit.words)
-    if not found:
-        return found, size
-    # The shard may have been replaced, or views removed, since its words were read.
-    words = _words_now(unit)
-    per = unit.teacher.shard_views
-    there = _still_view(unit.contents, unit.teacher.name)[unit.shard * per : (unit.shard + 1) * per]
-    there &= (state_of(words) == DONE) & (state_of(unit.words) == DONE)
-    expected = np.where(there, words, np.uint64(0))
-    if not np.array_equal(expected, unit.words):
-        found, size = _scan_words(scanner, unit, expected)
-    return found, size
-
-
-def _scan_words(scanner: ShardScanner, unit: _Unit, words: np.ndarray) -> tuple[list[Finding], int]:
-    if unit.foreign is not None:
-        return unit.foreign.scan(unit.shard, words)
-    return scanner.scan(unit.teacher, unit.shard, words)
-
-
-def _words_now(unit: _Unit) -> np.ndarray:
-    """The shard's words as they are now; those that the check began with where there are none to be read."""
-    status = unit.teacher.status
-    try:
-        return status.read_shard(unit.shard) if status.chunk_file(unit.shard).exists() else unit.words
-    except OSError:
-        return unit.words
