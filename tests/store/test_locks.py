@@ -88,7 +88,8 @@ def test_a_process_excludes_itself(locks):
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
-    locks = StoreLocks(store=tmp_path, file=tmp_path / "missing" / "locks")
+    (tmp_path / "provenance").write_text("a file in the way")
+    locks = StoreLocks(store=tmp_path, file=tmp_path / "provenance" / "locks")
     with pytest.raises(StoreError, match="cannot write to feature store"), locks.claim([0]):
         pass
 
