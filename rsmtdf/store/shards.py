@@ -26,8 +26,6 @@ from rsmtdf.store.places import put, read
 
 ABSENT = 2**64 - 1
 _ENTRY = 16
-SUMMED_BYTES = 512 << 10
-"""Read at a time where bytes are summed: they are still in the processor's cache then, and a call more is cheap."""
 INDEXES_KEPT = 16384
 """Shard indexes that outlive their descriptor: 20 MB, and a seek less per view of a cold disk."""
 _DAMAGE = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EBADMSG}
@@ -283,16 +281,8 @@ class ShardReader:
         )
         offset = view_offset(opened.index, slot, view_bytes=self._view_bytes)
         crc = bytearray(CRC_BYTES)
-        if not verify or len(out) <= SUMMED_BYTES:
-            _read_fully(opened.fd, [out.data, memoryview(crc)], offset)
-            return checked_crc(out, crc, verify=verify)
-        found = 0
-        for start in range(0, len(out), SUMMED_BYTES):
-            part = out[start : start + SUMMED_BYTES]
-            last = [memoryview(crc)] if start + len(part) == len(out) else []
-            _read_fully(opened.fd, [part.data, *last], offset + start)
-            found = crc32c(part, start=found)
-        return same_crc(found, crc)
+        _read_fully(opened.fd, [out.data, memoryview(crc)], offset)
+        return checked_crc(out, crc, verify=verify)
 
 
 def view_offset(index: np.ndarray, slot: int, *, view_bytes: int) -> int:
@@ -315,17 +305,8 @@ def checked_crc(payload: np.ndarray, crc: bytes | bytearray, *, verify: bool) ->
     Raises:
         ShardDamage: with `verify`, where `payload` has another.
     """
-    return same_crc(crc32c(payload), crc) if verify else int.from_bytes(crc, "little")
-
-
-def same_crc(found: int, crc: bytes | bytearray) -> int:
-    """The crc32c stored as `crc`.
-
-    Raises:
-        ShardDamage: it is not the one that was found.
-    """
     stored = int.from_bytes(crc, "little")
-    if found != stored:
+    if verify and (found := crc32c(payload)) != stored:
         raise ShardDamage(f"payload checksum is {found:08x}, expected {stored:08x}: bytes have changed")
     return stored
 
