@@ -9,16 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from rsmtdf.errors import StoreCorrupt, StoreError, StoreNotFound
 from rsmtdf.objects import StorePath
 from rsmtdf.specs import FeatureSpec, from_dict
-from rsmtdf.store.arrays import METADATA, PlainArray, decode_chunk, group_metadata, read_metadata, same_layout
+from rsmtdf.store.arrays import (
+    METADATA,
+    PlainArray,
+    decode_chunk,
+    group_metadata,
+    metadata_bytes,
+    read_metadata,
+    same_layout,
+)
 from rsmtdf.store.damage import Damage, Kind
-from rsmtdf.store.growth import column_array, column_sha256, provenance_metadata
+from rsmtdf.store.growth import TWINS, column_array, column_sha256, provenance_metadata
 from rsmtdf.store.locks import LOCK_FILE
 from rsmtdf.store.manifest import KEY, Manifest, checked, load
 from rsmtdf.store.places import files, names, read_each
@@ -112,7 +120,7 @@ def check_metadata(contents: Contents) -> Iterator[Damage | str]:
         except OSError as error:
             yield Damage(kind="metadata", file=file, teacher=teacher, what=_why(error))
             continue
-        if found == expected and blob == _written(expected):
+        if found == expected and blob == metadata_bytes(expected):
             continue
         if _is_longer(found, expected, grown, over_views=node.parent != contents.path / "tiles"):
             ahead += 1
@@ -218,7 +226,7 @@ def _belongs(contents: Contents, file: StorePath, nodes: Mapping[StorePath, Any]
     provenance = contents.path / "provenance"
     if file == contents.path / LOCK_FILE or (file.name == "sealed" and file.parent.name == "status"):
         return True
-    if provenance / "twins" in file.parents or (file.parent == provenance and file.name in {"mutex", "claims-mutex"}):
+    if contents.path / TWINS in file.parents or (file.parent == provenance and file.name in {"mutex", "claims-mutex"}):
         return True
     if file.parent == provenance / "claims":
         return True
@@ -336,14 +344,10 @@ def _not_canonical(
     blob = file.read_bytes()
     found = json.loads(blob)
     attributes = found.get("attributes", {})
-    is_ours = found.keys() == like.keys() and attributes.keys() == {KEY} and _written(found) == blob
+    is_ours = found.keys() == like.keys() and attributes.keys() == {KEY} and metadata_bytes(found) == blob
     if is_ours and all(found[k] == like[k] for k in like if k != "attributes"):
         return None
     return Damage(kind=kind, file=file, teacher=teacher, what="is spelled otherwise than it was written")
-
-
-def _written(metadata: Mapping[str, Any]) -> bytes:
-    return json.dumps(cast("dict[str, Any]", metadata), indent=1).encode()
 
 
 def _why(error: Exception) -> str:

@@ -20,7 +20,7 @@ from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.manifest import signed
 from rsmtdf.store.places import put
-from rsmtdf.store.segments import shard_runs
+from rsmtdf.store.segments import covered_rows, shard_runs
 from rsmtdf.store.shards import shard_name, write_shard_file
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, TODO, StatusArray, crc_of, state_of, word
 from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout
@@ -237,9 +237,7 @@ def _shard_of(file: Path) -> int | None:
 
 def seal_finished(store: FeatureStore) -> None:
     """Seals the finished segments; see `FeatureStore.seal`. The caller holds the mutex."""
-    real = np.zeros(store.n_rows, bool)
-    for s in store.segments:
-        real[s.row_start : s.row_stop] = True
+    real = covered_rows(store.segments, store.n_rows)
     ranges: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
         for start, stop in shard_runs(store.segments, store.shard_views):

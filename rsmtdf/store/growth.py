@@ -34,7 +34,7 @@ from rsmtdf.store.leases import locks_of
 from rsmtdf.store.locks import LOCK_FILE
 from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, commit_first, library_versions
 from rsmtdf.store.places import names, remove_tree
-from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, plan_growth, view_keys
+from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, covered_rows, plan_growth, view_keys
 from rsmtdf.store.status import StatusArray
 from rsmtdf.store.stored_teacher import StoredTeacher, require_own_layout, resize_teacher
 from rsmtdf.store.tiles import write_tiles
@@ -271,9 +271,7 @@ def _taken(manifest: Manifest, columns: Mapping[str, np.ndarray]) -> dict[Stream
     if not manifest.segments:
         return {}
     tile, seed = columns["tile"], columns["seed"]
-    real = np.zeros(manifest.n_rows, bool)
-    for s in manifest.segments:
-        real[s.row_start : s.row_stop] = True
+    real = covered_rows(manifest.segments, manifest.n_rows)
     taken: dict[Stream, np.ndarray] = {}
     for code, stream in enumerate(STREAMS):
         rows = real & (columns["stream"] == code)

@@ -214,6 +214,14 @@ def plan_growth(
     )
 
 
+def covered_rows(segments: Iterable[Segment], n_rows: int) -> np.ndarray:
+    """bool [n_rows]: rows that are views, which is what segments cover; the others are holes."""
+    real = np.zeros(n_rows, bool)
+    for s in segments:
+        real[s.row_start : s.row_stop] = True
+    return real
+
+
 def view_keys(tile: np.ndarray, seed: np.ndarray) -> np.ndarray:
     """int64 keys that are equal for equal (tile, seed)."""
     return (tile.astype(np.int64) << 32) | seed.astype(np.int64)

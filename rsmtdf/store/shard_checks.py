@@ -16,6 +16,7 @@ from rsmtdf.store.audit import Contents
 from rsmtdf.store.foreign import ForeignTeacher
 from rsmtdf.store.manifest import Manifest, load
 from rsmtdf.store.scan import Finding, ShardScanner
+from rsmtdf.store.segments import covered_rows
 from rsmtdf.store.shards import ShardUnreachable
 from rsmtdf.store.status import DONE, state_of
 from rsmtdf.store.stored_teacher import StoredTeacher
@@ -23,10 +24,7 @@ from rsmtdf.store.stored_teacher import StoredTeacher
 
 def views_of(manifest: Manifest, n_rows: int) -> np.ndarray:
     """bool [n_rows]: rows that segments of the manifest cover."""
-    real = np.zeros(n_rows, bool)
-    for s in manifest.segments:
-        real[s.row_start : s.row_stop] = True
-    return real
+    return covered_rows(manifest.segments, n_rows)
 
 
 def still_views(contents: Contents, teacher: str | None = None) -> np.ndarray:

@@ -32,7 +32,7 @@ from rsmtdf.store.leases import for_writing, locks_of
 from rsmtdf.store.manifest import Manifest, differences, identity_fields, load
 from rsmtdf.store.manifest import commit as commit_manifest
 from rsmtdf.store.places import explained
-from rsmtdf.store.segments import STRUCTURE, NewSegment, Segment
+from rsmtdf.store.segments import STRUCTURE, NewSegment, Segment, covered_rows
 from rsmtdf.store.statistics import Moments
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of, word
 from rsmtdf.store.stored_teacher import StoredTeacher, discard_teacher, load_teacher, write_teacher
@@ -550,9 +550,7 @@ class FeatureStore:
     # Inside
 
     def _adopt(self, manifest: Manifest) -> None:
-        real = np.zeros(manifest.n_rows, bool)
-        for s in manifest.segments:
-            real[s.row_start : s.row_stop] = True
+        real = covered_rows(manifest.segments, manifest.n_rows)
         teachers = {
             name: load_teacher(self.path / "teachers" / name, digest=digest, shard_views=manifest.shard_views)
             for name, digest in manifest.teachers.items()
@@ -576,7 +574,7 @@ class FeatureStore:
         todo = ~np.isin(state_of(self.view_status()), finished)
         for name in teachers:
             todo |= ~np.isin(state_of(self.status(name)), finished)
-        return todo & self._real
+        return np.asarray(todo & self._real)
 
     def _with_holes(self, words: np.ndarray) -> np.ndarray:
         """Marks holes where no shard has been committed yet."""
