@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rsmtdf.cli.caching import plan_cache, student_grid
+from rsmtdf.cli.planning import plan_cache, student_grid
 from rsmtdf.cli.workspace import Source
 from rsmtdf.config import parse_experiment
 from rsmtdf.data.loveda import LOVEDA

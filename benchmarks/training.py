@@ -22,7 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rsmtdf.cli import caching
+from rsmtdf.cli.caching import run_cache
+from rsmtdf.cli.planning import plan_cache
 from rsmtdf.cli.terminal import say
 from rsmtdf.cli.training import TrainOptions, open_job
 from rsmtdf.cli.workspace import Source
@@ -65,8 +66,8 @@ def _store(folder: Path, batch: int) -> Path:
         },
         where="benchmark",
     )
-    job = caching.plan_cache(Source(experiment, folder), root=folder / "data", out=folder / "feats.zarr")
-    caching.run_cache(job, device="cpu", stop=StopFlag(), say=say)
+    job = plan_cache(Source(experiment, folder), root=folder / "data", out=folder / "feats.zarr")
+    run_cache(job, device="cpu", stop=StopFlag(), say=say)
     return folder / "feats.zarr"
 
 

@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rsmtdf.cli import caching, training, using
+from rsmtdf.cli import training, using
+from rsmtdf.cli.cache_summary import summary_text
+from rsmtdf.cli.caching import run_cache
 from rsmtdf.cli.configs import shipped_config
+from rsmtdf.cli.planning import plan_cache
 from rsmtdf.cli.terminal import Bar, say
 from rsmtdf.cli.workspace import Source
 from rsmtdf.config import load_experiment
@@ -39,9 +42,9 @@ def run_demo(out: Path, *, device: str) -> str:
     say(f"1/5 data   {data}: {SCENES['train']} training scenes, {SCENES['val'] + SCENES['test']} to validate and test")
     with stop_flag() as stop:
         say("2/5 stage 1: the surrogate teachers look at every view once")
-        job = caching.plan_cache(source, root=data, out=store)
+        job = plan_cache(source, root=data, out=store)
         say(job.text())
-        say(caching.summary_text(caching.run_cache(job, device=device, stop=stop, say=say)))
+        say(summary_text(run_cache(job, device=device, stop=stop, say=say)))
         runs = {
             method: _train(store, run, method, step, device, stop)
             for step, method, run in (("3/5", "rs-mtdf", out / "run"), ("4/5", "fixmatch", out / "run-fixmatch"))

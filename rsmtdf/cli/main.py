@@ -66,7 +66,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What cache-features would make and cost: views, gigabytes, files, break-even. Writes nothing."""
-    from rsmtdf.cli.caching import plan_cache
+    from rsmtdf.cli.planning import plan_cache
 
     source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, set_)
     job = plan_cache(source, root=where, out=out)
@@ -105,21 +105,23 @@ def cache_features(
     Run it again to go on after an interruption, or with more seeds, labels, teachers or images: only what is
     missing is computed. Example: rsmtdf cache-features --config mydata/rsmtdf.yaml --out feats.zarr
     """
-    from rsmtdf.cli import caching
+    from rsmtdf.cli.cache_summary import summary_text
+    from rsmtdf.cli.caching import run_cache
+    from rsmtdf.cli.planning import plan_cache
     from rsmtdf.signals import stop_flag
 
     more = [] if workers is None else [f"cache.workers={workers}"]
     source, where = _cache_source(
         dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, [*(set_ or []), *more]
     )
-    job = caching.plan_cache(source, root=where, out=out)
+    job = plan_cache(source, root=where, out=out)
     say(job.text())
     if dry_run:
         show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
         return
     with stop_flag() as stop:
-        result = caching.run_cache(job, device=device, stop=stop, say=say, stats_from=stats_from)
-    show(result, as_json=as_json, text=caching.summary_text(result))
+        result = run_cache(job, device=device, stop=stop, say=say, stats_from=stats_from)
+    show(result, as_json=as_json, text=summary_text(result))
     if result["failed"]:
         raise typer.Exit(1)
 
@@ -332,7 +334,7 @@ def _cache_source(
     set_: list[str] | None,
 ) -> tuple[Any, Path]:
     """The experiment that the options describe, and its data root."""
-    from rsmtdf.cli.caching import select_teachers
+    from rsmtdf.cli.planning import select_teachers
     from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
 
     named = {"seeds": seeds, "weak_views": weak_views, "codec": codec, "max_gb": max_gb}

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from rsmtdf.cli.caching import student_grid, teacher_sources
 from rsmtdf.cli.care import Means
+from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, data_root, source_from_record
 from rsmtdf.config import Experiment, load_experiment

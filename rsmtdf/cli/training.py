@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import rsmtdf
-from rsmtdf.cli.caching import student_grid, teacher_sources
+from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.runs import Mode, resumable, run_record, run_stem
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import (

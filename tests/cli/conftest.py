@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rsmtdf.cli import caching
+from rsmtdf.cli.caching import run_cache
 from rsmtdf.cli.main import main
+from rsmtdf.cli.planning import plan_cache
 from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
 from rsmtdf.data.synthetic.world import write_world
 from rsmtdf.signals import StopFlag
@@ -102,8 +103,8 @@ class Tiny:
     def cache(self, *overrides: str, labels: str | None = None, stop: StopFlag | None = None) -> dict[str, Any]:
         """Stage 1, as the command line does it."""
         source = self.source(*overrides, labels=labels)
-        job = caching.plan_cache(source, root=data_root(source, root=None), out=self.store)
-        return caching.run_cache(job, device="cpu", stop=StopFlag() if stop is None else stop, say=lambda line: None)
+        job = plan_cache(source, root=data_root(source, root=None), out=self.store)
+        return run_cache(job, device="cpu", stop=StopFlag() if stop is None else stop, say=lambda line: None)
 
 
 @pytest.fixture(scope="session")

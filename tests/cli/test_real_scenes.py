@@ -22,8 +22,8 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from rsmtdf.cli.caching import student_grid, teacher_sources
 from rsmtdf.cli.main import app
+from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.workspace import Workspace, data_root, load_source, open_workspace
 from rsmtdf.config import parse_experiment, read_yaml
 from rsmtdf.learning.run import RunFolder

@@ -149,7 +149,8 @@ def test_a_folder_that_grows_keeps_its_held_out_tiles(tmp_path: Path, tiny_exper
     """Generated splits: a new image, and a mask for one that had none, train; nothing moves into or out of test."""
     import yaml
 
-    from rsmtdf.cli import caching
+    from rsmtdf.cli.caching import run_cache
+    from rsmtdf.cli.planning import CacheJob, plan_cache
     from rsmtdf.cli.workspace import data_root, load_source
     from rsmtdf.testing.scenes import write_folder
 
@@ -159,12 +160,12 @@ def test_a_folder_that_grows_keeps_its_held_out_tiles(tmp_path: Path, tiny_exper
     experiment = {**tiny_experiment, "root": str(data), "dataset": spec, "splits": {"by": "scene", "labels": "all"}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(experiment))
 
-    def plan() -> caching.CacheJob:
+    def plan() -> CacheJob:
         source = load_source(dataset=None, config=tmp_path / "c.yaml", overrides=())
-        return caching.plan_cache(source, root=data_root(source, root=None), out=tmp_path / "s.zarr")
+        return plan_cache(source, root=data_root(source, root=None), out=tmp_path / "s.zarr")
 
     first = plan()
-    caching.run_cache(first, device="cpu", stop=StopFlag(), say=say)
+    run_cache(first, device="cpu", stop=StopFlag(), say=say)
     images = sorted(p for p in (data / "images").iterdir())
     masks = {p.stem: p for p in (data / "masks").iterdir()}
     unlabelled = next(p for p in images if p.stem not in masks)

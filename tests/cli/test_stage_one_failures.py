@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rsmtdf.cli.caching import plan_cache, run_cache, summary_text
+from rsmtdf.cli.cache_summary import summary_text
+from rsmtdf.cli.caching import run_cache
+from rsmtdf.cli.planning import plan_cache
 from rsmtdf.cli.workspace import data_root
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.signals import StopFlag

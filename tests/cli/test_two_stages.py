@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsmtdf.cli.caching import student_grid, teacher_sources
+from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.training import TrainOptions, train_run
 from rsmtdf.data.dataset import Dataset
 from rsmtdf.errors import ConfigError, DatasetError, StoreIncomplete, StoreMismatch

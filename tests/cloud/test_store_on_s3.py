@@ -239,12 +239,13 @@ class TestTwoStages:
     @pytest.fixture
     def on_s3(self, tiny, place) -> ObjectPath:
         """The tiny experiment's features, computed and written to S3 while requests fail."""
-        from rsmtdf.cli import caching
+        from rsmtdf.cli.caching import run_cache
+        from rsmtdf.cli.planning import plan_cache
         from rsmtdf.cli.workspace import data_root
 
         source = tiny.source()
-        job = caching.plan_cache(source, root=data_root(source, root=None), out=place)
-        caching.run_cache(job, device="cpu", stop=StopFlag(), say=lambda line: None)
+        job = plan_cache(source, root=data_root(source, root=None), out=place)
+        run_cache(job, device="cpu", stop=StopFlag(), say=lambda line: None)
         return place
 
     @pytest.fixture

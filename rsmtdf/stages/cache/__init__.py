@@ -5,15 +5,17 @@ and `fill_store` computes the missing features.
 """
 
 from rsmtdf.stages.cache.add import add_teachers
-from rsmtdf.stages.cache.fill import fill_store
+from rsmtdf.stages.cache.fill import fill_shards, fill_store
 from rsmtdf.stages.cache.grow import Addition, covered, grow_store, plan_growth, stored_params, view_maker
-from rsmtdf.stages.cache.report import CacheReport
+from rsmtdf.stages.cache.report import CacheReport, LedgerRow
 
 __all__ = [
     "Addition",
     "CacheReport",
+    "LedgerRow",
     "add_teachers",
     "covered",
+    "fill_shards",
     "fill_store",
     "grow_store",
     "plan_growth",

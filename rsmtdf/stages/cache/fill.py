@@ -44,7 +44,41 @@ def fill_store(
     progress: Progress | None = None,
     keep_going: bool = False,
 ) -> CacheReport:
-    """Computes and commits every missing view (of `shards`, or of the store), each teacher where it is missing.
+    """Computes and commits every missing view of the store; also clears what dead writers left, and seals.
+
+    Args and errors as `fill_shards`.
+    """
+    store.clean_partials()
+    report = fill_shards(
+        store,
+        teachers=teachers,
+        maker=maker,
+        batch=batch,
+        workers=workers,
+        stop=stop,
+        shards=range(store.n_shards) if shards is None else shards,
+        progress=progress,
+        keep_going=keep_going,
+    )
+    store.seal()
+    return report
+
+
+def fill_shards(
+    store: FeatureStore,
+    *,
+    teachers: Mapping[str, Teacher],
+    maker: ViewMaker,
+    batch: int,
+    workers: int,
+    stop: StopFlag,
+    shards: Sequence[int],
+    progress: Progress | None = None,
+    keep_going: bool = False,
+) -> CacheReport:
+    """Computes and commits every missing view of `shards`, each teacher where it is missing.
+
+    Several processes may do so at a time, each with its own shards.
 
     Args:
         store: open for writing; it has the teachers.
@@ -53,7 +87,7 @@ def fill_store(
         batch: views shown to a teacher at a time.
         workers: threads that make views.
         stop: ends the work after the shard in the writer's hands.
-        shards: where to look; None: everywhere.
+        shards: where to look.
         progress: told what is finished.
         keep_going: skip views whose pixels differ from those recorded, and report them, instead of stopping there.
 
@@ -64,8 +98,7 @@ def fill_store(
     """
     started = time.perf_counter()
     report = CacheReport()
-    within = set(range(store.n_shards) if shards is None else shards)
-    store.clean_partials()
+    within = set(shards)
     with (
         ThreadPoolExecutor(max(workers, 1), thread_name_prefix="views") as pool,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
@@ -103,7 +136,6 @@ def fill_store(
         report.partners_lost = sum(
             maker.tile(row).id not in report.unreadable for row in left if row not in report.changed
         )
-    store.seal()
     report.seconds = time.perf_counter() - started
     return report
 
