@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rsmtdf.cli.pixels import add_pixels_to
 from rsmtdf.cli.planning import CacheJob, student_grid
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Workspace, held_out_record
@@ -47,7 +48,10 @@ def run_cache(
             stop=stop,
             progress=bar.advance,
         )
-    return result_of(job, report)
+    result = result_of(job, report)
+    if cache.store_pixels:
+        add_pixels_to(result, store, maker, workers=cache.workers, stop=stop)
+    return result
 
 
 def build_teachers(job: CacheJob, *, device: str, say: Callable[[str], None]) -> dict[str, Teacher]:

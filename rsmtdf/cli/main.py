@@ -21,6 +21,7 @@ from rsmtdf.cli.options import (
     Seeds,
     Set,
     StoreOut,
+    StorePixels,
     TeacherNames,
     WeakViews,
 )
@@ -85,6 +86,7 @@ def cache_features(
     teacher: TeacherNames = None,
     codec: Codec = None,
     max_gb: MaxGb = None,
+    store_pixels: StorePixels = False,
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")] = None,
     stats_from: Annotated[
@@ -111,6 +113,7 @@ def cache_features(
     from rsmtdf.signals import stop_flag
 
     more = [] if workers is None else [f"cache.workers={workers}"]
+    more += ["cache.store_pixels=true"] if store_pixels else []
     source, where = _cache_source(
         dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, [*(set_ or []), *more]
     )

@@ -44,3 +44,6 @@ MaxGb = Annotated[float | None, typer.Option("--max-gb", help="Size limit of the
 Codec = Annotated[
     str | None, typer.Option("--codec", help="How features are kept: int8 (default), int4 (half of it), fp16 (twice).")
 ]
+StorePixels = Annotated[
+    bool, typer.Option("--store-pixels", help="Keep the views' pixels too: training then decodes no image.")
+]
