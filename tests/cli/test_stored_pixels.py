@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
 
 from rsmtdf.cli.training import TrainOptions, train_run
-from rsmtdf.errors import StoreMismatch
+from rsmtdf.errors import StoreCorrupt, StoreMismatch
 from rsmtdf.learning.run import RunFolder
 from rsmtdf.signals import StopFlag
 from rsmtdf.store.store import FeatureStore
@@ -72,3 +73,61 @@ def test_with_stored_pixels_training_looks_into_no_training_image(tiny: Any, tmp
     assert [r["loss"] for r in made] == [r["loss"] for r in read]
     with pytest.raises(StoreMismatch):
         run(tiny, tmp_path / "never", say, "train.stored_pixels=never")
+
+
+def test_a_store_is_made_with_pixels_and_cared_for_by_commands(tiny: Any, command: Any) -> None:
+    store = tiny.store
+    assert command("cache-features", "--config", tiny.config, "--out", store, "--store-pixels").code == 0
+    assert "pixels     of" in command("cache", "info", store).out
+    assert command("cache", "verify", store).code == 0
+    shard = next(f for f in sorted((store / "pixels" / "weak").iterdir()) if f.name.startswith("c."))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    assert command("cache", "verify", store).code == 1
+    planned = command("cache", "repair", store, "--dry-run")
+    assert "store the pixels of 1 views" in planned.out
+    said = command("cache", "repair", store)
+    assert said.code == 0
+    assert "stored     pixels of 1 views" in said.out
+    assert command("cache", "verify", store).code == 0
+    assert command("cache", "rm", store, "--pixels", "--yes").code == 0
+    assert not (store / "pixels").exists()
+    assert command("cache", "verify", store).code == 0
+
+
+def test_damaged_pixels_stop_training_and_say_how_to_go_on(tiny: Any, tmp_path: Path, say: Say) -> None:
+    tiny.cache(STORED)
+    for file in (tiny.store / "pixels" / "valid").glob("c.*"):
+        data = bytearray(file.read_bytes())
+        for k in range(0, len(data) - 2000, 50):
+            data[k] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(StoreCorrupt, match="stored_pixels=never"):
+        run(tiny, tmp_path / "auto", say)
+    run(tiny, tmp_path / "never", say, "train.stored_pixels=never")
+
+
+def test_masks_stay_free_to_correct(tiny: Any, tmp_path: Path, say: Say) -> None:
+    tiny.cache(STORED)
+    for file in (tiny.folder / "data").rglob("masks_png/*.png"):
+        if "Train" in file.parts:
+            mask = np.asarray(Image.open(file))
+            Image.fromarray(np.where(mask > 0, 1 + mask % 7, 0).astype(np.uint8)).save(file)
+    run(tiny, tmp_path / "read", say)
+    run(tiny, tmp_path / "made", say, "train.stored_pixels=never")
+    read, made = (safetensors.torch.load_file(RunFolder.open(tmp_path / name).last) for name in ("read", "made"))
+    assert all(torch.equal(made[key], read[key]) for key in made)
+
+
+def test_what_is_not_stored_yet_is_made(tiny: Any, tmp_path: Path, say: Say) -> None:
+    tiny.cache(STORED)
+    tiny.cache("cache.seeds=4")  # two more seeds, without their pixels
+    store = FeatureStore.open(tiny.store)
+    assert 0 < len(store.pending_pixels()) < store.n_views
+    said: list[str] = []
+    run(tiny, tmp_path / "some", said.append, "cache.seeds=4")
+    run(tiny, tmp_path / "none", say, "cache.seeds=4", "train.stored_pixels=never")
+    assert any("made from the images" in line for line in said)
+    some, none = (safetensors.torch.load_file(RunFolder.open(tmp_path / name).last) for name in ("some", "none"))
+    assert all(torch.equal(some[key], none[key]) for key in some)
