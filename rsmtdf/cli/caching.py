@@ -38,6 +38,8 @@ def run_cache(
     teachers = build_teachers(job, device=device, say=say)
     store, maker = prepare_store(job, teachers, stop=stop, stats_from=stats_from)
     cache = job.workspace.experiment.cache
+    if cache.store_pixels:
+        store.add_pixels()
     with Bar("caching views", unit="view", total=store.pending_views(list(teachers))) as bar:
         report = stage.fill_store(
             store,
@@ -49,7 +51,7 @@ def run_cache(
             progress=bar.advance,
         )
     result = result_of(job, report)
-    if cache.store_pixels:
+    if store.pixels is not None:
         add_pixels_to(result, store, maker, workers=cache.workers, stop=stop)
     return result
 

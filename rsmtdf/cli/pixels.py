@@ -12,6 +12,7 @@ from rsmtdf.config import Experiment
 from rsmtdf.signals import StopFlag
 from rsmtdf.stages import cache as cache_stage
 from rsmtdf.store.pixel_reader import PixelReader
+from rsmtdf.store.status import DONE, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.maker import ViewMaker
 
@@ -19,8 +20,7 @@ from rsmtdf.views.maker import ViewMaker
 def fill_pixels(
     store: FeatureStore, maker: ViewMaker, *, workers: int, stop: StopFlag, keep_going: bool = False
 ) -> cache_stage.PixelReport:
-    """Stores the pixels that are missing, of all views that are cached, and settles the store."""
-    store.add_pixels()
+    """Stores the pixels that are missing, of all views that are cached, and settles the store, which keeps pixels."""
     pending = store.pending_pixels()
     if not len(pending):
         return cache_stage.PixelReport()
@@ -35,22 +35,22 @@ def fill_pixels(
 def add_pixels_to(
     result: dict[str, Any], store: FeatureStore, maker: ViewMaker, *, workers: int, stop: StopFlag
 ) -> None:
-    """Stores the missing pixels after stage 1, and notes in its summary how that went."""
+    """Stores the pixels that stage 1 has not stored along with features, and notes in its summary how that went."""
     report = fill_pixels(store, maker, workers=workers, stop=stop)
-    result["pixels"] = report.as_dict()
+    state = state_of(store.pixel_status())
+    result["pixels"] = report.as_dict() | {"stored": int((state == DONE).sum()), "missing": len(store.pending_pixels())}
     result["failed"] = result["failed"] or any(t not in result["unreadable_tiles"] for t in report.unreadable)
 
 
 def pixels_text(pixels: Mapping[str, Any]) -> str:
     """The line of stage 1's summary."""
-    if not pixels["views"]:
-        done = "nothing to store: those of every cached view are there"
-        return f"pixels     {'nothing could be stored' if pixels['unreadable_tiles'] else done}"
-    gb, rate = pixels["bytes_written"] / 1e9, pixels["views"] / max(pixels["seconds"], 1e-9)
-    return (
-        f"pixels     {pixels['views']:,} views stored in {pixels['seconds']:.1f} s ({rate:.1f} views/s, {gb:.2f} GB)"
-        + (f"; {len(pixels['unreadable_tiles']):,} tiles cannot be read" if pixels["unreadable_tiles"] else "")
-    )
+    line = f"pixels     {pixels['stored']:,} views are stored"
+    if pixels["views"]:
+        gb, rate = pixels["bytes_written"] / 1e9, pixels["views"] / max(pixels["seconds"], 1e-9)
+        line += (
+            f", {pixels['views']:,} of them made again in {pixels['seconds']:.1f} s ({rate:.1f} views/s, {gb:.2f} GB)"
+        )
+    return line + (f"; {pixels['missing']:,} are missing" if pixels["missing"] else "")
 
 
 def reads_pixels(experiment: Experiment, store: FeatureStore) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,31 @@ def test_masks_stay_free_to_correct(tiny: Any, tmp_path: Path, say: Say) -> None
 
 def test_what_is_not_stored_yet_is_made(tiny: Any, tmp_path: Path, say: Say) -> None:
     tiny.cache(STORED)
-    tiny.cache("cache.seeds=4")  # two more seeds, without their pixels
-    store = FeatureStore.open(tiny.store)
+    store = FeatureStore.open(tiny.store, writable=True)
+    assert store.pixels is not None
+    for shard in range(0, store.n_shards, 2):
+        words = np.zeros(store.shard_views, np.uint64)
+        with store.locked():
+            store.pixels.status.unseal(shard)
+        store.pixels.status.write_shard(shard, words)
     assert 0 < len(store.pending_pixels()) < store.n_views
     said: list[str] = []
-    run(tiny, tmp_path / "some", said.append, "cache.seeds=4")
-    run(tiny, tmp_path / "none", say, "cache.seeds=4", "train.stored_pixels=never")
+    run(tiny, tmp_path / "some", said.append)
+    run(tiny, tmp_path / "none", say, "train.stored_pixels=never")
     assert any("made from the images" in line for line in said)
     some, none = (safetensors.torch.load_file(RunFolder.open(tmp_path / name).last) for name in ("some", "none"))
     assert all(torch.equal(some[key], none[key]) for key in some)
+
+
+def test_views_made_for_the_teachers_are_stored_along_with_them(tiny: Any) -> None:
+    shutil.rmtree(tiny.store)
+    result = tiny.cache(STORED)
+    store = FeatureStore.open(tiny.store)
+    assert result["pixels"]["stored"] == store.n_views
+    assert result["pixels"]["views"] == 0, "nothing is made twice"
+    # Two more seeds: a store that keeps pixels keeps those of new views too.
+    result = tiny.cache("cache.seeds=4")
+    grown = FeatureStore.open(tiny.store)
+    assert result["views"] == grown.n_views - store.n_views
+    assert result["pixels"] == result["pixels"] | {"stored": grown.n_views, "views": 0, "missing": 0}
+    assert verify(tiny.store, stop=StopFlag()).is_sound

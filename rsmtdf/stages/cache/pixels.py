@@ -1,5 +1,6 @@
 """Storing the pixels of views that are cached: no teacher is asked, so a store may gain them at any time.
 
+Views that are made for the teachers are stored with them (`keep_made`); what is missing then is made again.
 Shard by shard as features are: what is stored already is copied as it is, the rest is made from the images, and a
 killed run goes on where it stopped.
 """
@@ -18,8 +19,9 @@ import numpy as np
 
 from rsmtdf.errors import StoreMismatch
 from rsmtdf.signals import StopFlag
+from rsmtdf.stages.cache.supply import Finished
 from rsmtdf.store.pixel_reader import PixelReader
-from rsmtdf.store.status import crc_of
+from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.kept import kept_of
 from rsmtdf.views.maker import UnreadableTile, ViewMaker
@@ -102,6 +104,20 @@ def store_pixels(
                     progress(len(rows), report.bytes_written)
     report.seconds = time.perf_counter() - begun
     return report
+
+
+def keep_made(store: FeatureStore, done: Finished) -> int:
+    """Stores the pixels of views that were made for the teachers, after these; bytes written.
+
+    Where others of the shard are stored already, it is left to `store_pixels`, which copies those.
+    """
+    if (pixels := store.pixels) is None or not done.kept:
+        return 0
+    shard, first = done.work.shard, done.work.shard * store.shard_views
+    there = first + np.flatnonzero(state_of(pixels.status.read_shard(shard)) == DONE)
+    if not set(there.tolist()) <= done.kept.keys():
+        return 0
+    return store.write_pixels(shard, views=done.kept, view_crcs={row: done.crcs[row] for row in done.kept})
 
 
 def _by_shard(store: FeatureStore, shards: Collection[int] | None) -> dict[int, list[int]]:
