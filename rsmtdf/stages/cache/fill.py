@@ -8,20 +8,23 @@ withdrawn by a repair, only these are made and added to what it holds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+
+import numpy as np
 
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
 from rsmtdf.stages.cache.mend import Commit, ShardWriter
 from rsmtdf.stages.cache.report import CacheReport
 from rsmtdf.stages.cache.teach import teach
-from rsmtdf.stages.cache.work import Work, plan_work, skipped_rows
-from rsmtdf.store.status import DONE, crc_of, state_of
+from rsmtdf.stages.cache.work import Work, plan_work, read_states
+from rsmtdf.store.status import SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.maker import UnreadableTile, ViewMaker
 from rsmtdf.views.view import View, view_crc
@@ -49,6 +52,10 @@ def fill_store(
     Args and errors as `fill_shards`.
     """
     store.clean_partials()
+    # One file holds the status words of all that is sealed, so what is finished costs no look at each shard.
+    lacking = set(store.missing_shards(list(teachers)))
+    for name in teachers:
+        lacking |= {int(k) for k in np.flatnonzero(state_of(store.status(name)) == SKIPPED) // store.shard_views}
     report = fill_shards(
         store,
         teachers=teachers,
@@ -56,7 +63,7 @@ def fill_store(
         batch=batch,
         workers=workers,
         stop=stop,
-        shards=range(store.n_shards) if shards is None else shards,
+        shards=sorted(lacking if shards is None else lacking.intersection(shards)),
         progress=progress,
         keep_going=keep_going,
     )
@@ -75,10 +82,12 @@ def fill_shards(
     shards: Sequence[int],
     progress: Progress | None = None,
     keep_going: bool = False,
+    turn: AbstractContextManager[object] | None = None,
 ) -> CacheReport:
     """Computes and commits every missing view of `shards`, each teacher where it is missing.
 
-    Several processes may do so at a time, each with its own shards.
+    Several processes may do so at a time, each with its own shards; it costs what these shards cost, however large the
+    store is.
 
     Args:
         store: open for writing; it has the teachers.
@@ -90,6 +99,8 @@ def fill_shards(
         shards: where to look.
         progress: told what is finished.
         keep_going: skip views whose pixels differ from those recorded, and report them, instead of stopping there.
+        turn: held around each batch's work on the device, such as a lock that calls in several threads share: while
+            one of them computes, the others make their views and write.
 
     Raises:
         StoreError: another process is writing to one of these shards.
@@ -98,20 +109,22 @@ def fill_shards(
     """
     started = time.perf_counter()
     report = CacheReport()
-    within = set(shards)
+    names = list(teachers)
+    device_turn = contextlib.nullcontext() if turn is None else turn
     with (
         ThreadPoolExecutor(max(workers, 1), thread_name_prefix="views") as pool,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
     ):
-        skipped = skipped_rows(store, teachers, within)
+        states = read_states(store, names, set(shards))
+        skipped = [row for of in states.values() for row in of.skipped]
         _look_into_tiles(maker, skipped, pool, report, stop=stop)
         mendable = {row for row in skipped if not _in_the_way(maker, row, report)}
-        wanted = set(store.missing_shards(list(teachers))) & within | {row // store.shard_views for row in mendable}
+        wanted = {k for k, of in states.items() if of.is_missing or not mendable.isdisjoint(of.skipped)}
         with ExitStack() as owned:
             owned.enter_context(store.claim(sorted(wanted)))
             shard_writer = owned.enter_context(ShardWriter(store, report))
             # Read again now that the shards are ours: another process may have finished some in between.
-            work = plan_work(store, list(teachers), wanted, mendable)
+            work = plan_work(read_states(store, names, wanted), mendable)
             pending: Future[int] | None = None
             try:
                 for item, made in _made(store, work, maker, pool, report, stop=stop):
@@ -119,7 +132,7 @@ def fill_shards(
                     views = [(row, future.result()) for row, future in zip(item.rows, made, strict=True)]
                     report.busy["wait"] += time.perf_counter() - waited
                     good, bad = _sorted_out(store, item, views, report, keep_going=keep_going)
-                    commits, batch = _computed(item, good, bad, teachers, batch, report, stop)
+                    commits, batch = _computed(item, good, bad, teachers, batch, report, stop, turn=device_turn)
                     if pending is not None:
                         report.bytes_written += pending.result()
                     pending = writer.submit(shard_writer.write, item.shard, commits)
@@ -130,7 +143,7 @@ def fill_shards(
                 # Also when stopping: the shard in the writer's hands is finished, so keep it.
                 if pending is not None:
                     report.bytes_written += pending.result()
-        left = skipped_rows(store, teachers, within)
+        left = [row for of in read_states(store, names, states).values() for row in of.skipped]
         # Another process may have skipped some meanwhile, for reasons not known here.
         _look_into_tiles(maker, [r for r in left if not _in_the_way(maker, r, report)], pool, report, stop=stop)
         report.partners_lost = sum(
@@ -222,10 +235,8 @@ def _sorted_out(
     errors = {row: view for row, view in views if isinstance(view, UnreadableTile)}
     report.unreadable.update({error.tile: str(error) for error in errors.values()})
     bad = {row: str(error) for row, error in errors.items()}
-    words, first = store.view_status_array.read_shard(item.shard), item.shard * store.shard_views
-    recorded = state_of(words) == DONE
-    for row in [r for r in good if recorded[r - first] and (keep_going or r not in item.pending)]:
-        expected, found = int(crc_of(words)[row - first]), view_crc(good[row])
+    for row in [r for r in good if r in item.recorded and (keep_going or r not in item.pending)]:
+        expected, found = item.recorded[row], view_crc(good[row])
         if found != expected:
             bad[row] = f"its pixels differ from those that were recorded: checksum {found:08x}, expected {expected:08x}"
             report.changed[row] = bad[row]
@@ -242,6 +253,8 @@ def _computed(
     batch: int,
     report: CacheReport,
     stop: StopFlag,
+    *,
+    turn: AbstractContextManager[object],
 ) -> tuple[list[Commit], int]:
     """What the teachers say of a shard's views, and the batch size that memory allows."""
     groups: list[tuple[dict[str, Teacher], Mapping[int, View], bool]] = []
@@ -254,6 +267,6 @@ def _computed(
             groups.append(({name: teachers[name]}, again, True))
     commits = []
     for some, views, mends in groups:
-        features, batch = teach(list(views.values()), some, batch, report, stop)
+        features, batch = teach(list(views.values()), some, batch, report, stop, turn=turn)
         commits.append(Commit(teachers=some, good=views, bad=bad, features=features, mends=mends))
     return commits, batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ import torch
 
 from rsmtdf.errors import StoreMismatch
 from rsmtdf.specs import Teacher
-from rsmtdf.stages.cache.report import CacheReport
+from rsmtdf.stages.cache.report import CacheReport, LedgerRow
 from rsmtdf.stages.cache.teach import device_of
 from rsmtdf.store.reader import FeatureReader
 from rsmtdf.store.status import DONE, crc_of, state_of
@@ -32,6 +32,11 @@ class Commit:
     """Of the good views."""
     mends: bool
     """The shard keeps the views that it has; otherwise these are all."""
+
+    @property
+    def computed(self) -> Collection[int]:
+        """The rows whose features were computed."""
+        return self.good
 
 
 class ShardWriter:
@@ -57,7 +62,10 @@ class ShardWriter:
         """
         begun = time.perf_counter()
         try:
-            return sum(self._mended(shard, c) if c.mends else self._whole(shard, c) for c in commits)
+            written = sum(self._mended(shard, c) if c.mends else self._whole(shard, c) for c in commits)
+            views = len({row for c in commits for row in c.computed})
+            self._report.ledger.append(LedgerRow(shard=shard, views=views, bytes_written=written))
+            return written
         except StoreMismatch as error:
             raise StoreMismatch(
                 f"{error}\nThe pixels of a view are no longer those that another teacher saw: an image, an image "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -18,7 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def teach(
-    views: Sequence[View], teachers: Mapping[str, Teacher], batch: int, report: CacheReport, stop: StopFlag
+    views: Sequence[View],
+    teachers: Mapping[str, Teacher],
+    batch: int,
+    report: CacheReport,
+    stop: StopFlag,
+    *,
+    turn: AbstractContextManager[object],
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Teacher -> tokens float32 [views, tokens, dim] on the CPU; the batch size is halved when memory runs out."""
     begun = time.perf_counter()
@@ -28,7 +35,8 @@ def teach(
         stop.check("stopped; run the same command again to go on")
         chunk = views[start : start + batch]
         try:
-            step = {name: teacher(pixels_of(chunk, device_of(teacher))).cpu() for name, teacher in teachers.items()}
+            with turn:
+                step = {name: teacher(pixels_of(chunk, device_of(teacher))).cpu() for name, teacher in teachers.items()}
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
