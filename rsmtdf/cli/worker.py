@@ -68,11 +68,11 @@ class Desk:
     store: FeatureStore
     maker: ViewMaker
     teachers: Mapping[str, Teacher]
+    turn: threading.Lock
+    """Of two tasks in one worker, one has the device, and the other makes its first views meanwhile."""
 
 
-def make_order(
-    store: FeatureStore, experiment: Experiment, *, data_root: Path, threads: int | None = None
-) -> Order:
+def make_order(store: FeatureStore, experiment: Experiment, *, data_root: Path, threads: int | None = None) -> Order:
     """The order to fill `store` with the teachers of `experiment`."""
     record = experiment.as_dict()
     for teacher in record["teachers"]:
@@ -108,6 +108,7 @@ def fill_task(order: Order, shards: tuple[int, ...], device: str, stop: StopFlag
             workers=cache.workers,
             stop=stop,
             shards=shards,
+            turn=desk.turn,
         )
     except StoreBusy as busy:
         refused = str(busy)
@@ -155,9 +156,9 @@ def _opened(order: Order, device: str) -> Desk:
     dataset = Dataset(experiment.dataset, Path(order.data_root))
     maker = stage.view_maker(store, reader=dataset, tiles={t.id: t for t in dataset.tiles()})
     teachers = _built(teacher_sources(experiment), student_grid(experiment), device)
-    for name, teacher in teachers.items():
+    for teacher in teachers.values():
         store.expect_teacher(teacher.spec, experiment.cache.codec)
-    return Desk(experiment=experiment, store=store, maker=maker, teachers=teachers)
+    return Desk(experiment=experiment, store=store, maker=maker, teachers=teachers, turn=threading.Lock())
 
 
 def _built(sources: Mapping[str, TeacherSource], grid: tuple[int, int], device: str) -> dict[str, Teacher]:

@@ -43,10 +43,8 @@ def running_scheduler(
     Raises:
         WorkerError: nobody answers within `timeout_s`.
     """
-    import distributed
-
     try:
-        client = distributed.Client(address, timeout=timeout_s, set_as_default=False, name="rsmtdf")
+        client = _client(address, timeout=timeout_s)
     except (OSError, ValueError, TypeError) as error:
         raise WorkerError(
             f"no Dask scheduler answers at {address} within {timeout_s:g} s ({error}); is it running (dask scheduler), "
@@ -215,12 +213,17 @@ class DaskCrew:
 
 
 def _crew_of(cluster: Any, *, name: str, device: str, resources: Mapping[str, float] | None) -> Iterator[DaskCrew]:
-    import distributed
-
-    with contextlib.closing(distributed.Client(cluster, set_as_default=False)) as client:
+    with contextlib.closing(_client(cluster)) as client:
         crew = DaskCrew(client, name=name, device=device, resources=resources)
         yield crew
         crew._is_ending = True
+
+
+def _client(where: Any, **options: Any) -> Any:
+    import distributed
+
+    made: Any = distributed.Client
+    return made(where, set_as_default=False, **options)
 
 
 @contextlib.contextmanager
