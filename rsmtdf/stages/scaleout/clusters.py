@@ -43,6 +43,13 @@ def running_scheduler(
     Raises:
         WorkerError: nobody answers within `timeout_s`.
     """
+    with _quiet():
+        yield from _scheduler_crew(address, device=device, resources=resources, timeout_s=timeout_s)
+
+
+def _scheduler_crew(
+    address: str, *, device: str, resources: Mapping[str, float] | None, timeout_s: float
+) -> Iterator[DaskCrew]:
     try:
         client = _client(address, timeout=timeout_s)
     except (OSError, ValueError, TypeError) as error:
@@ -66,8 +73,8 @@ def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
         threads_per_worker=THREADS,
         processes=True,
         memory_limit=0,
-        dashboard_address=None,
-        silence_logs=logging.CRITICAL,
+        dashboard_address=":0",
+        silence_logs=False,
     ) as cluster:
         yield from _crew_of(cluster, name=f"{workers} Dask workers on this machine", device=device, resources=None)
 
@@ -81,7 +88,7 @@ def cuda_cluster() -> Iterator[DaskCrew]:
     """
     kind = _optional("dask_cuda", "LocalCUDACluster", instead="--devices all needs nothing more than CUDA")
     with _opened(
-        kind, threads_per_worker=THREADS, memory_limit=None, device_memory_limit=None, dashboard_address=None
+        kind, threads_per_worker=THREADS, memory_limit=None, device_memory_limit=None, dashboard_address=":0"
     ) as cluster:
         yield from _crew_of(cluster, name="Dask workers, one per GPU", device="cuda:0", resources=None)
 
@@ -228,14 +235,29 @@ def _client(where: Any, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _opened(kind: Any, **options: Any) -> Iterator[Any]:
+    with _quiet():
+        try:
+            cluster = kind(**options)
+        except (TypeError, ValueError, OSError, RuntimeError) as error:
+            raise ConfigError(f"the cluster cannot be started ({error}); options given: {options}") from error
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Dask's own lines of this process are not shown: it tells of each start and end of a worker, and as a warning of
+    each one that dies or is slow to end, all of which `DaskCrew` and the summary say in words of stage 1.
+    """
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        cluster = kind(**options)
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
-        raise ConfigError(f"the cluster cannot be started ({error}); options given: {options}") from error
-    try:
-        yield cluster
+        yield
     finally:
-        cluster.close()
+        logger.setLevel(before)
 
 
 def _optional(module: str, name: str, *, instead: str) -> Any:
