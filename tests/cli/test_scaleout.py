@@ -136,7 +136,7 @@ def test_a_piece_each_for_jobs_that_start_together_on_nothing(world: World) -> N
 def test_processes_of_which_one_is_killed(world: World, tmp_path: Path) -> None:
     order = world.order(world.prepared("processes.zarr"))
     with process_crew(["cpu", "cpu"]) as crew:
-        check_deadly_filling(world, "processes.zarr", crew, order, tmp_path, deaths=2)
+        check_deadly_filling(world, "processes.zarr", crew, order, tmp_path, deaths=1)
 
 
 def test_a_dask_cluster_whose_workers_are_killed(world: World, tmp_path: Path) -> None:

@@ -248,12 +248,13 @@ def _opened(kind: Any, **options: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Dask's own lines of this process are not shown: it tells of each start and end of a worker, and as a warning of
-    each one that dies or is slow to end, all of which `DaskCrew` and the summary say in words of stage 1.
+    """Dask's own lines of this process are not shown: it tells of each start and end of a worker, as a warning of each
+    one that dies or is slow to end, and with a traceback of messages that a client which is closing has not fetched.
+    What matters of it `DaskCrew` and the summary say in words of stage 1.
     """
     logger = logging.getLogger("distributed")
     before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
