@@ -8,12 +8,14 @@ from rsmtdf.stages.cache.add import add_teachers
 from rsmtdf.stages.cache.fill import fill_shards, fill_store
 from rsmtdf.stages.cache.grow import Addition, covered, grow_store, plan_growth, stored_params, view_maker
 from rsmtdf.stages.cache.report import CacheReport, LedgerRow
+from rsmtdf.stages.cache.size import choose_batch
 
 __all__ = [
     "Addition",
     "CacheReport",
     "LedgerRow",
     "add_teachers",
+    "choose_batch",
     "covered",
     "fill_shards",
     "fill_store",
