@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rsmtdf.cli.options import (
+    Calibrate,
     Codec,
     ConfigFile,
     DatasetName,
@@ -17,12 +18,14 @@ from rsmtdf.cli.options import (
     Json,
     Labels,
     MaxGb,
+    PoolTiles,
     Root,
     Seeds,
     Set,
     StoreOut,
     TeacherNames,
     WeakViews,
+    Workers,
 )
 from rsmtdf.cli.store_commands import cache_app
 from rsmtdf.cli.terminal import log_to_stderr, say, show
@@ -62,14 +65,25 @@ def plan(
     teacher: TeacherNames = None,
     codec: Codec = None,
     max_gb: MaxGb = None,
+    pool: PoolTiles = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    calibrate: Calibrate = True,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """What cache-features would make and cost: views, gigabytes, files, break-even. Writes nothing."""
+    """What cache-features would make and cost: views, gigabytes, files, hours, break-even. Leaves nothing behind.
+
+    Times come from a few seconds of work on real tiles; teachers get random weights for it, so nothing is downloaded.
+    """
+    from rsmtdf.cli.pacing import calibrated
     from rsmtdf.cli.planning import plan_cache
 
-    source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, set_)
+    more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
+    source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
     job = plan_cache(source, root=where, out=out)
+    if calibrate:
+        job = calibrated(job, device=device, say=say)
     show(job.plan.as_dict(), as_json=as_json, text=job.text())
 
 
@@ -85,8 +99,13 @@ def cache_features(
     teacher: TeacherNames = None,
     codec: Codec = None,
     max_gb: MaxGb = None,
+    pool: PoolTiles = None,
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")] = None,
+    workers: Workers = None,
+    max_failures: Annotated[
+        int | None,
+        typer.Option("--max-failures", help="Unreadable tiles that are no failure (exit code 1); default 0."),
+    ] = None,
     stats_from: Annotated[
         Any,
         typer.Option(
@@ -96,7 +115,8 @@ def cache_features(
             help="Take channel statistics from this store: the two can be merged then.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, as rsmtdf plan does, and stop.")] = False,
+    calibrate: Calibrate = True,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -107,14 +127,16 @@ def cache_features(
     """
     from rsmtdf.cli.cache_summary import summary_text
     from rsmtdf.cli.caching import run_cache
+    from rsmtdf.cli.pacing import calibrated
     from rsmtdf.cli.planning import plan_cache
     from rsmtdf.signals import stop_flag
 
-    more = [] if workers is None else [f"cache.workers={workers}"]
-    source, where = _cache_source(
-        dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, [*(set_ or []), *more]
-    )
+    given = {"cache.pool_tiles": pool, "cache.workers": workers, "cache.max_failures": max_failures}
+    more = _settings(set_, **given)
+    source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
     job = plan_cache(source, root=where, out=out)
+    if dry_run and calibrate:
+        job = calibrated(job, device=device, say=say)
     say(job.text())
     if dry_run:
         show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
@@ -342,6 +364,11 @@ def _cache_source(
     source = with_labels(load_source(dataset=dataset, config=config, overrides=overrides), labels)
     source = Source(select_teachers(source.experiment, teacher), source.base)
     return source, data_root(source, root=root)
+
+
+def _settings(set_: list[str] | None, **named: object) -> list[str]:
+    """The overrides of --set, and after them those of options that were given."""
+    return [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
 
 
 def handled(command: Callable[[], None]) -> int:

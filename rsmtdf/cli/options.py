@@ -44,3 +44,10 @@ MaxGb = Annotated[float | None, typer.Option("--max-gb", help="Size limit of the
 Codec = Annotated[
     str | None, typer.Option("--codec", help="How features are kept: int8 (default), int4 (half of it), fp16 (twice).")
 ]
+Workers = Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")]
+PoolTiles = Annotated[
+    int | None, typer.Option("--pool", metavar="N", help="Strong views of N tiles only, drawn by key; default all.")
+]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate/--no-calibrate", help="Measure times on the device; without, they are left out.")
+]
