@@ -1,6 +1,6 @@
 """How well `rsmtdf plan` foretells what stage 1 then takes.
 
-    python benchmarks/plan_accuracy.py [--scenes 4] [--seeds 2] [--teacher dinov2_vits14 ...] [--device auto] [--rounds 3]
+    python benchmarks/plan_accuracy.py [--scenes 4] [--seeds 2] [--teacher NAME ...] [--device auto] [--rounds 3]
 
 Design, section 5, and the goal: within 20 %. Each round plans (a calibration of a few seconds, teachers with random
 weights), then runs stage 1 for the same views into a new store and compares: seconds of the whole stage (channel

@@ -77,11 +77,12 @@ def plan(
     Times come from a few seconds of work on real tiles; teachers get random weights for it, so nothing is downloaded.
     """
     from rsmtdf.cli.pacing import calibrated
-    from rsmtdf.cli.planning import plan_cache
+    from rsmtdf.cli.planning import plan_cache, require_runnable
 
     more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
     source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
     job = plan_cache(source, root=where, out=out)
+    require_runnable(job)
     if calibrate:
         job = calibrated(job, device=device, say=say)
     show(job.plan.as_dict(), as_json=as_json, text=job.text())
@@ -128,15 +129,16 @@ def cache_features(
     from rsmtdf.cli.cache_summary import summary_text
     from rsmtdf.cli.caching import run_cache
     from rsmtdf.cli.pacing import calibrated
-    from rsmtdf.cli.planning import plan_cache
+    from rsmtdf.cli.planning import plan_cache, require_runnable
     from rsmtdf.signals import stop_flag
 
     given = {"cache.pool_tiles": pool, "cache.workers": workers, "cache.max_failures": max_failures}
     more = _settings(set_, **given)
     source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
     job = plan_cache(source, root=where, out=out)
-    if dry_run and calibrate:
-        job = calibrated(job, device=device, say=say)
+    if dry_run:
+        require_runnable(job)
+        job = calibrated(job, device=device, say=say) if calibrate else job
     say(job.text())
     if dry_run:
         show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")

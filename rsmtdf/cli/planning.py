@@ -143,6 +143,18 @@ def plan_cache(source: Source, *, root: Path, out: StorePath) -> CacheJob:
     return CacheJob(workspace, sources, specs, plan, out, store)
 
 
+def require_runnable(job: CacheJob) -> None:
+    """For plans that no run follows at once: refuses what the run would refuse when it opens the store's views.
+
+    Raises:
+        DatasetError: the store has views of tiles that are not on disk.
+        StoreMismatch: its views are of a version of the recipe that this code does not make.
+    """
+    if job.store is not None and job.store.n_rows:
+        dataset = job.workspace.dataset
+        stage.view_maker(job.store, reader=dataset, tiles={t.id: t for t in dataset.tiles()})
+
+
 def require_one_readable(workspace: Workspace) -> None:
     """Stops where nothing could be computed.
 
