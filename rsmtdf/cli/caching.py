@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rsmtdf.cli.pacing import pace_line
+from rsmtdf.cli.pixels import add_pixels_to
 from rsmtdf.cli.planning import CacheJob, student_grid
 from rsmtdf.cli.spreading import Scale, fill_over
 from rsmtdf.cli.terminal import Bar, choose_device
@@ -46,14 +47,17 @@ def run_cache(
     the computing is spread over other processes, or is a piece of the whole, or is left to others.
     """
     if scale is not None:
-        store = _prepared_for_others(
+        store, maker = _prepared_for_others(
             job, device=device, stop=stop, say=say, stats_from=stats_from, as_it_is=scale.shard_range is not None
         )
         if scale.init:
             return preparation(store, job)
         experiment, root = job.workspace.experiment, job.workspace.dataset.root
         filled = fill_over(store, experiment, data_root=root, device=device, scale=scale, stop=stop, say=say)
-        return {**result_of(job, filled.report), **filled.facts}
+        result = {**result_of(job, filled.report), **filled.facts}
+        if store.pixels is not None and scale.shard_range is None:
+            add_pixels_to(result, store, maker, workers=experiment.cache.workers, stop=stop)
+        return result
     teachers = build_teachers(job, device=device, say=say)
     store, maker = prepare_store(job, teachers, stop=stop, stats_from=stats_from)
     cache = job.workspace.experiment.cache
@@ -67,7 +71,10 @@ def run_cache(
             stop=stop,
             progress=bar.advance,
         )
-    return result_of(job, report)
+    result = result_of(job, report)
+    if store.pixels is not None:
+        add_pixels_to(result, store, maker, workers=cache.workers, stop=stop)
+    return result
 
 
 def fill_piece(
@@ -111,17 +118,17 @@ def _prepared_for_others(
     say: Callable[[str], None],
     stats_from: Path | None,
     as_it_is: bool,
-) -> FeatureStore:
-    """The store of `job`, with all its views and teachers. No teacher is loaded where all are in it already."""
+) -> tuple[FeatureStore, ViewMaker]:
+    """The store of `job` and the maker of its views, with all its views and teachers. No teacher is loaded where all are in it already."""
     have = () if job.store is None else job.store.teachers
     teachers: Mapping[str, Teacher] = {}
     if any(name not in have for name in job.sources):
         teachers = build_teachers(job, device=device, say=say)
-    store, _ = prepare_store(job, teachers, stop=stop, stats_from=stats_from, as_it_is=as_it_is)
+    store, maker = prepare_store(job, teachers, stop=stop, stats_from=stats_from, as_it_is=as_it_is)
     del teachers
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the workers are to have the device
-    return store
+    return store, maker
 
 
 def build_teachers(job: CacheJob, *, device: str, say: Callable[[str], None]) -> dict[str, Teacher]:
@@ -216,6 +223,8 @@ def _prepare(
         stop=stop,
         siblings=siblings,
     )
+    if experiment.cache.store_pixels:
+        store.add_pixels()
     _keep_record(store, job)
     return maker
 

@@ -68,3 +68,6 @@ PoolTiles = Annotated[
 Calibrate = Annotated[
     bool, typer.Option("--calibrate/--no-calibrate", help="Measure times on the device; without, they are left out.")
 ]
+StorePixels = Annotated[
+    bool, typer.Option("--store-pixels", help="Keep the views' pixels too: training then decodes no image.")
+]

@@ -28,6 +28,7 @@ from rsmtdf.cli.options import (
     Set,
     ShardRange,
     StoreOut,
+    StorePixels,
     TeacherNames,
     WeakViews,
     Workers,
@@ -83,6 +84,7 @@ def cache_features(
     codec: Codec = None,
     max_gb: MaxGb = None,
     pool: PoolTiles = None,
+    store_pixels: StorePixels = False,
     device: Device = "auto",
     devices: Devices = None,
     processes: Processes = None,
@@ -120,7 +122,7 @@ def cache_features(
     from rsmtdf.signals import stop_flag
 
     given = {"cache.pool_tiles": pool, "cache.workers": workers, "cache.max_failures": max_failures}
-    more = _settings(set_, **given)
+    more = [*_settings(set_, **given), *(["cache.store_pixels=true"] if store_pixels else [])]
     scale = scale_of(devices=devices, processes=processes, scheduler=scheduler, shard_range=shard_range, init=init)
     source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
     if scale and scale.shard_range and not dry_run and (store := _prepared(out, source)):
