@@ -122,8 +122,10 @@ def row(folder: Path, executor: str, views: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| executor | views | prepare s | first half µs/view | second half | rss before / peak MB | resume s | seal s "
-        "| nothing to do s |",
+        (
+            "| executor | views | prepare s | first half µs/view | second half | rss before / peak MB | resume s "
+            "| seal s | nothing to do s |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

@@ -68,6 +68,8 @@ class CacheConfig(Model):
     """Also the views' pixels: training then neither decodes images nor augments them."""
     pool: Literal["train", "unlabelled"] = "train"
     """train: every training tile, so one cache serves all label sets; unlabelled: the paper's strict form."""
+    pool_tiles: int | None = Field(None, ge=1)
+    """Strong views of so many tiles of the pool, drawn by key (fewer are part of more); None: of all."""
     max_gb: float | None = Field(None, gt=0)
     """Of the store; None: half the free space."""
     batch: int = Field(8, ge=1)
