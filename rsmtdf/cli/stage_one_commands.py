@@ -50,6 +50,7 @@ def plan(
     codec: Codec = None,
     max_gb: MaxGb = None,
     pool: PoolTiles = None,
+    store_pixels: StorePixels = False,
     device: Device = "auto",
     workers: Workers = None,
     calibrate: Calibrate = True,
@@ -64,6 +65,7 @@ def plan(
     from rsmtdf.cli.planning import plan_cache, require_runnable
 
     more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
+    more += ["cache.store_pixels=true"] if store_pixels else []
     source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
     job = plan_cache(source, root=where, out=out)
     require_runnable(job)
