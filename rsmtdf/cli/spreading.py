@@ -83,6 +83,7 @@ def scale_of(
 
     Raises:
         ConfigError: they contradict each other, or one is not what it should be.
+        WorkerError: no scheduler answers.
     """
     if not (devices or processes is not None or scheduler or shard_range or init):
         return None
@@ -94,7 +95,7 @@ def scale_of(
         raise ConfigError(f"--processes {processes}: at least 1 is needed")
     if init and (devices or processes is not None or scheduler or shard_range):
         raise ConfigError("--init prepares the store and computes nothing; give the other options to the runs after it")
-    return Scale(
+    found = Scale(
         devices=_devices(devices) if devices else (),
         processes=processes,
         scheduler=scheduler,
@@ -102,6 +103,10 @@ def scale_of(
         shard_range=_range(shard_range) if shard_range else None,
         init=init,
     )
+    if found.cluster is not None or scheduler not in (None, "local"):
+        # Now, and not after minutes of reading images and measuring statistics.
+        clusters.require(found.cluster.kind if found.cluster is not None else str(scheduler))
+    return found
 
 
 def fill_over(

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 2
 """Tasks at a time in a worker: one makes views while the other has the device."""
-CONNECT_S = 10.0
+CONNECT_S = 5.0
 _LOOK_S = 2.0
 _PATIENT_S = 30.0
 _STOP_S = 3.0
@@ -61,6 +61,22 @@ def _scheduler_crew(
         yield DaskCrew(client, name=f"Dask at {address}", device=device, resources=resources)
 
 
+def require(scheduler: str) -> None:
+    """Passes if `scheduler` (an address, `cuda` or a batch system's class) can be used from here.
+
+    Raises:
+        WorkerError: nobody answers at the address.
+        ConfigError: a package is missing.
+    """
+    if "://" in scheduler:
+        with running_scheduler(scheduler, device="cpu"):
+            return
+    elif scheduler == "cuda":
+        _cuda()
+    else:
+        _jobs(scheduler)
+
+
 @contextlib.contextmanager
 def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
     """`workers` Dask workers of this machine, each a process under a nanny that replaces it when it dies."""
@@ -86,9 +102,8 @@ def cuda_cluster() -> Iterator[DaskCrew]:
     Raises:
         ConfigError: dask-cuda is not installed.
     """
-    kind = _optional("dask_cuda", "LocalCUDACluster", instead="--devices all needs nothing more than CUDA")
     with _opened(
-        kind, threads_per_worker=THREADS, memory_limit=None, device_memory_limit=None, dashboard_address=":0"
+        _cuda(), threads_per_worker=THREADS, memory_limit=None, device_memory_limit=None, dashboard_address=":0"
     ) as cluster:
         yield from _crew_of(cluster, name="Dask workers, one per GPU", device="cuda:0", resources=None)
 
@@ -114,8 +129,7 @@ def job_cluster(
     Raises:
         ConfigError: dask-jobqueue is not installed, or does not like the options.
     """
-    made = _optional("dask_jobqueue", kind, instead="--shard-range i/n in a job array needs no scheduler")
-    with _opened(made, **options) as cluster:
+    with _opened(_jobs(kind), **options) as cluster:
         if isinstance(jobs, int):
             cluster.scale(jobs=jobs)
         else:
@@ -259,6 +273,14 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _cuda() -> Any:
+    return _optional("dask_cuda", "LocalCUDACluster", instead="--devices all needs nothing more than CUDA")
+
+
+def _jobs(kind: str) -> Any:
+    return _optional("dask_jobqueue", kind, instead="--shard-range i/n in a job array needs no scheduler")
 
 
 def _optional(module: str, name: str, *, instead: str) -> Any:
