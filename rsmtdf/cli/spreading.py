@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import time
@@ -25,6 +26,9 @@ from rsmtdf.stages import cache as stage
 from rsmtdf.stages.scaleout import Crew, Tally, clusters, piece, process_crew, spread
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
+
+
+log = logging.getLogger(__name__)
 
 
 class Cluster(Model):
@@ -204,6 +208,9 @@ def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag,
     workers: dict[str, list[float]] = {}
 
     def take(outcome: TaskReport) -> None:
+        for row in outcome.report.ledger:
+            log.debug("shard %d: %d views, %d bytes, by %s", row.shard, row.views, row.bytes_written, outcome.worker)
+        outcome.report.ledger.clear()  # or this process would grow with the store
         report.add(outcome.report)
         done = workers.setdefault(outcome.worker, [0, 0.0])
         done[0] += outcome.report.views
