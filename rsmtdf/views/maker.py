@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,6 +46,16 @@ class ViewMaker:
     ) -> None:
         self._reader, self._tiles, self._recipe = reader, tiles, recipe
         self._tile_index, self._partner, self._params = tile_index, partner, params
+
+    @property
+    def reader(self) -> TileReader:
+        return self._reader
+
+    def reading_through(self, reader: TileReader) -> ViewMaker:
+        """The same maker with another reader of the same tiles, such as one that takes the time."""
+        other = copy.copy(self)
+        other._reader = reader
+        return other
 
     def tile(self, row: int) -> Tile:
         return self._tiles[int(self._tile_index[row])]
