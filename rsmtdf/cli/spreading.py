@@ -27,7 +27,6 @@ from rsmtdf.stages.scaleout import Crew, Tally, clusters, piece, process_crew, s
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
 
-
 log = logging.getLogger(__name__)
 
 
@@ -218,6 +217,7 @@ def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag,
         bar.advance(outcome.report.views, report.bytes_written)
 
     tally = spread(shards, work=functools.partial(fill_task, order), crew=crew, stop=stop, on_done=take)
+    report.devices = max(len(workers), 1)
     return Filled(report, {"spread": _spread_facts(crew, tally, workers)})
 
 
