@@ -90,7 +90,7 @@ def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
         processes=True,
         memory_limit=0,
         dashboard_address=":0",
-        silence_logs=False,
+        silence_logs=logging.ERROR,
     ) as cluster:
         yield from _crew_of(cluster, name=f"{workers} Dask workers on this machine", device=device, resources=None)
 
