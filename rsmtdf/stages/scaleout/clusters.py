@@ -266,13 +266,15 @@ def _quiet() -> Iterator[None]:
     one that dies or is slow to end, and with a traceback of messages that a client which is closing has not fetched.
     What matters of it `DaskCrew` and the summary say in words of stage 1.
     """
-    logger = logging.getLogger("distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]  # those that Dask sets up
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _cuda() -> Any:
