@@ -177,8 +177,9 @@ def _shards(store: FeatureStore, names: Sequence[str], scale: Scale) -> tuple[li
     """The shards to look into, and the views that they may lack."""
     if scale.shard_range is None:
         store.clean_partials()
+        # Read once: before shards are sealed, their status words are a file each.
         rows = store.pending_rows(names, retry_skipped=True)
-        return np.unique(rows // store.shard_views).tolist(), store.pending_views(names)
+        return np.unique(rows // store.shard_views).tolist(), len(rows)
     index, pieces = scale.shard_range
     # Of all shards, not of those missing: so the pieces are the same whenever each of them starts.
     mine = list(piece(store.n_shards, index=index, pieces=pieces))
