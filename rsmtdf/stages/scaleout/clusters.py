@@ -82,7 +82,8 @@ def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
     """`workers` Dask workers of this machine, each a process under a nanny that replaces it when it dies."""
     import distributed
 
-    # Memory of pinned buffers and decoded scenes is not Dask's to count: it would pause and kill workers for it.
+    # Memory of pinned buffers and decoded scenes is not Dask's to count: it would pause and kill workers for it. What a
+    # task raises comes back and is said once, so workers need not print it with a traceback.
     with _opened(
         distributed.LocalCluster,
         n_workers=workers,
@@ -90,7 +91,7 @@ def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
         processes=True,
         memory_limit=0,
         dashboard_address=":0",
-        silence_logs=logging.ERROR,
+        silence_logs=logging.CRITICAL,
     ) as cluster:
         yield from _crew_of(cluster, name=f"{workers} Dask workers on this machine", device=device, resources=None)
 
