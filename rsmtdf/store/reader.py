@@ -19,7 +19,7 @@ import numpy as np
 
 from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
-from rsmtdf.store.checksum import Appending
+from rsmtdf.store.checksum import Appending, summed
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.fallback import WrongArray, ZarrViews
 from rsmtdf.store.manifest import load
@@ -31,6 +31,9 @@ from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.workshare import WorkShare
 
 Piece = Callable[[], None]
+_SUMMED_AGAIN = 1 << 14
+"""Bytes that are summed a second time sooner than `Appending` finds its tables, which nobody has used for a while."""
+_BYTE = np.dtype(np.uint8)
 
 
 class _Sizes(TypedDict):
@@ -183,8 +186,8 @@ class FeatureReader:
 
     def _asked(
         self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray]
-    ) -> tuple[list[int], list[np.ndarray]]:
-        """The rows, each one that the store has, and per array uint8 [b, view_bytes] over the memory for them.
+    ) -> tuple[list[int], list[Sequence[np.ndarray]]]:
+        """The rows, each one that the store has, and per array and view uint8 [view_bytes] over the memory for it.
 
         Raises as `get_many`.
         """
@@ -247,7 +250,10 @@ class FeatureReader:
                 crc = shards.read_into(row, out, verify=self._verify)
             except (ShardDamage, ShardUnreachable) as cause:
                 return _Trouble(row, shards.file(row), str(cause), cause)
-            total = appending(total, crc) if total else crc
+            if not total:
+                total = crc
+            else:
+                total = summed(total, out) if self._verify and len(out) <= _SUMMED_AGAIN else appending(total, crc)
         return None if total == self._words[row] & 0xFFFFFFFF else self._other_sum(row, total)
 
     def _attempt(self, rows: Sequence[int], outs: Sequence[Sequence[np.ndarray]]) -> _Trouble | None:
@@ -327,15 +333,11 @@ class _Room:
     """What memory for the views of one array must be."""
 
     def __init__(self, array: EncodedArray) -> None:
-        self.name, self._shape, self._dtype, self._view_bytes = (
-            array.name,
-            array.shape,
-            np.dtype(array.dtype),
-            array.view_bytes,
-        )
+        self.name, self._shape, self._view_bytes = array.name, array.shape, array.view_bytes
+        self._dtype = np.dtype(array.dtype)
 
-    def bytes_of(self, values: np.ndarray, views: int) -> np.ndarray:
-        """uint8 [views, view_bytes] over the same memory.
+    def bytes_of(self, values: np.ndarray, views: int) -> Sequence[np.ndarray]:
+        """Per view uint8 [view_bytes] over the same memory.
 
         Raises:
             ValueError: the values are of another shape or dtype, or not contiguous.
@@ -350,7 +352,9 @@ class _Room:
                 f"out[{self.name!r}] is {values.dtype} {values.shape}; expected {self._dtype} "
                 f"{(views, *self._shape)}, C-contiguous and writeable"
             )
-        return values.view(np.uint8).reshape(views, self._view_bytes) if views else np.empty((0, 0), np.uint8)
+        if views == 1:
+            return [np.frombuffer(values, _BYTE)]
+        return list(values.view(_BYTE).reshape(views, self._view_bytes)) if views else []
 
 
 def _row_numbers(view_ids: np.ndarray | Sequence[int]) -> list[int]:
