@@ -19,6 +19,7 @@ from rsmtdf.cli.options import (
     Json,
     Labels,
     MaxGb,
+    Precision,
     Processes,
     Root,
     Scheduler,
@@ -44,6 +45,7 @@ def plan(
     weak_views: WeakViews = None,
     teacher: TeacherNames = None,
     codec: Codec = None,
+    precision: Precision = None,
     max_gb: MaxGb = None,
     set_: Set = None,
     as_json: Json = False,
@@ -51,7 +53,7 @@ def plan(
     """What cache-features would make and cost: views, gigabytes, files, break-even. Writes nothing."""
     from rsmtdf.cli.planning import plan_cache
 
-    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, set_)
+    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, set_)
     job = plan_cache(source, root=where, out=out)
     show(job.plan.as_dict(), as_json=as_json, text=job.text())
 
@@ -66,6 +68,7 @@ def cache_features(
     weak_views: WeakViews = None,
     teacher: TeacherNames = None,
     codec: Codec = None,
+    precision: Precision = None,
     max_gb: MaxGb = None,
     device: Device = "auto",
     devices: Devices = None,
@@ -100,7 +103,7 @@ def cache_features(
     more = [] if workers is None else [f"cache.workers={workers}"]
     scale = scale_of(devices=devices, processes=processes, scheduler=scheduler, shard_range=shard_range, init=init)
     source, where = _source(
-        dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, [*(set_ or []), *more]
+        dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, [*(set_ or []), *more]
     )
     if scale and scale.shard_range and not dry_run and (store := _prepared(out, source)):
         with stop_flag() as stop:
@@ -127,17 +130,18 @@ def _source(
     weak_views: str | None,
     teacher: list[str] | None,
     codec: str | None,
+    precision: str | None,
     max_gb: float | None,
     set_: list[str] | None,
 ) -> tuple[Any, Path]:
     """The experiment that the options describe, and its data root."""
     from rsmtdf.cli.planning import select_teachers
-    from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
+    from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels, with_precision
 
     named = {"seeds": seeds, "weak_views": weak_views, "codec": codec, "max_gb": max_gb}
     overrides = [*(set_ or []), *(f"cache.{k}={v}" for k, v in named.items() if v is not None)]
     source = with_labels(load_source(dataset=dataset, config=config, overrides=overrides), labels)
-    source = Source(select_teachers(source.experiment, teacher), source.base)
+    source = with_precision(Source(select_teachers(source.experiment, teacher), source.base), precision)
     return source, data_root(source, root=root)
 
 
