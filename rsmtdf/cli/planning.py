@@ -84,7 +84,7 @@ def teacher_sources(experiment: Experiment) -> dict[str, TeacherSource]:
     Raises:
         ConfigError: no such preset, or a field that fits none.
     """
-    return {t.name: resolve_source(_entry(t)) for t in experiment.teachers}
+    return {t.name: resolve_source({**_entry(t), "compile": experiment.cache.compile}) for t in experiment.teachers}
 
 
 def _entry(teacher: TeacherConfig) -> dict[str, Any]:
