@@ -232,4 +232,5 @@ def _begin_writing(fd: int, start: int, length: int) -> None:
     on the disk already: pages on their way there stay. Durable they are by fsync alone.
     """
     if sys.platform == "linux":
-        os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice only
+            os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
