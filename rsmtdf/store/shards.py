@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import CRC_BYTES
 from rsmtdf.store.checksum import crc32c, summed
-from rsmtdf.store.places import put, read
+from rsmtdf.store.places import put, put_each, read
 
 ABSENT = 2**64 - 1
 _ENTRY = 16
@@ -94,18 +94,24 @@ def write_shard_file(file: StorePath, views: Sequence[np.ndarray | None]) -> tup
     """
     index = np.full((len(views), 2), ABSENT, dtype="<u8")
     sums = [0] * len(views)
-    parts: list[bytes | np.ndarray] = []
-    at = 0
-    for k, view in enumerate(views):
-        if view is None:
-            continue
-        data = np.ascontiguousarray(view, dtype=view.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-        sums[k] = crc32c(data)
-        parts += [data, sums[k].to_bytes(CRC_BYTES, "little")]
-        index[k] = at, len(data) + CRC_BYTES
-        at += len(data) + CRC_BYTES
-    raw = index.tobytes()
-    return put(file, *parts, raw + crc32c(raw).to_bytes(CRC_BYTES, "little")), sums
+
+    def parts() -> Iterator[bytes | np.ndarray]:
+        at = 0
+        for k, view in enumerate(views):
+            if view is None:
+                continue
+            data = np.ascontiguousarray(view, dtype=view.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+            sums[k] = crc32c(data)
+            yield data
+            yield sums[k].to_bytes(CRC_BYTES, "little")
+            index[k] = at, len(data) + CRC_BYTES
+            at += len(data) + CRC_BYTES
+        raw = index.tobytes()
+        yield raw + crc32c(raw).to_bytes(CRC_BYTES, "little")
+
+    if isinstance(file, Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return put_each(file, parts()), sums
 
 
 def drop_views(file: StorePath, slots: Collection[int], *, shard_views: int) -> int:
