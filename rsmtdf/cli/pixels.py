@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rsmtdf.cli.amounts import count_text, size_text, time_text
 from rsmtdf.cli.terminal import Bar
 from rsmtdf.config import Experiment
 from rsmtdf.signals import StopFlag
@@ -44,13 +45,13 @@ def add_pixels_to(
 
 def pixels_text(pixels: Mapping[str, Any]) -> str:
     """The line of stage 1's summary."""
-    line = f"pixels     {pixels['stored']:,} views are stored"
+    line = f"pixels     {count_text(pixels['stored'], 'view')} stored"
     if pixels["views"]:
-        gb, rate = pixels["bytes_written"] / 1e9, pixels["views"] / max(pixels["seconds"], 1e-9)
         line += (
-            f", {pixels['views']:,} of them made again in {pixels['seconds']:.1f} s ({rate:.1f} views/s, {gb:.2f} GB)"
+            f", {pixels['views']:,} of them made for it in {time_text(pixels['seconds'])}, "
+            f"{size_text(pixels['bytes_written'])} written"
         )
-    return line + (f"; {pixels['missing']:,} are missing" if pixels["missing"] else "")
+    return line + (f"; {count_text(pixels['missing'], 'view')} missing" if pixels["missing"] else "")
 
 
 def reads_pixels(experiment: Experiment, store: FeatureStore) -> bool:

@@ -75,7 +75,7 @@ def removal_plan(
         ConfigError: neither or both of a teacher and a seed are asked for, or no such stream.
     """
     if (teacher is not None) + (seed is not None) + pixels != 1:
-        raise ConfigError("give what to remove: one of --teacher NAME, --seed N and --pixels")
+        raise ConfigError("give what to remove: either --teacher NAME or --seed N, or --pixels")
     store, of = FeatureStore.open(path), _stream(stream)
     try:
         plan = plan_removal(store, teacher=teacher, pixels=pixels, seed=seed, stream=of, generation=generation)

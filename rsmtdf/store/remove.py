@@ -75,7 +75,7 @@ def plan_removal(
         StoreError: none of them or several are given, or no such stream.
     """
     if (teacher is not None) + (seed is not None) + pixels != 1:
-        raise StoreError("give one of a teacher, a seed, or the stored pixels to remove")
+        raise StoreError("give either a teacher or a seed to remove, or the stored pixels")
     if pixels:
         if (stored_pixels := store.pixels) is None:
             raise StoreIncomplete(f"feature store {store.path} keeps no pixels")

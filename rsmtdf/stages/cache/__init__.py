@@ -9,6 +9,7 @@ from rsmtdf.stages.cache.fill import fill_shards, fill_store
 from rsmtdf.stages.cache.grow import Addition, covered, grow_store, plan_growth, stored_params, view_maker
 from rsmtdf.stages.cache.pixels import PixelReport, store_pixels
 from rsmtdf.stages.cache.report import CacheReport, LedgerRow
+from rsmtdf.stages.cache.size import choose_batch
 
 __all__ = [
     "Addition",
@@ -16,6 +17,7 @@ __all__ = [
     "LedgerRow",
     "PixelReport",
     "add_teachers",
+    "choose_batch",
     "covered",
     "fill_shards",
     "fill_store",
