@@ -74,6 +74,23 @@ def read(path: StorePath) -> bytes | None:
         raise unreachable(path, error) from error
 
 
+def read_head(path: StorePath, length: int) -> bytes | None:
+    """The first `length` bytes of a file that has as many; None where there is none.
+
+    Raises:
+        StoreError: as `read`.
+    """
+    try:
+        if isinstance(path, ObjectPath):
+            return bytes(path.read_ranges([0], [length])[0])
+        with path.open("rb") as file:
+            return file.read(length)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreachable(path, error) from error
+
+
 @contextlib.contextmanager
 def explained(path: StorePath) -> Iterator[None]:
     """Turns an OSError about a file of the store at `path` into a StoreError that says what to do.
