@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 import re
 import threading
@@ -25,6 +26,8 @@ from rsmtdf.errors import StoreError
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 RETRY_S = 60.0
@@ -32,6 +35,8 @@ RETRY_S = 60.0
 SILENCE_S = 30.0
 """A connection without a byte for this long has stalled. A part of an upload must get through in that time."""
 LONGEST_BACKOFF_S = 5.0
+SAID_AFTER_S = 15.0
+"""A request that takes longer is told of: retries are the client's own affair, and silent."""
 PARALLEL_READS = 8
 """Requests of one read at a time: enough to hide the round trips, few enough for many reading threads."""
 
@@ -44,11 +49,13 @@ class Bucket:
         scheme: s3, gs, az, abfs, abfss, https or http.
         authority: what stands between `//` and the next slash.
         retry_s: no request is tried again after this long.
+        said_after_s: a request that takes longer is logged.
     """
 
     scheme: str
     authority: str
     retry_s: float = RETRY_S
+    said_after_s: float = SAID_AFTER_S
     _clients: dict[str, ObjectStore] = field(default_factory=dict, init=False, repr=False, compare=False)
     _pools: list[ThreadPoolExecutor] = field(default_factory=list, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -56,8 +63,8 @@ class Bucket:
     def __deepcopy__(self, memo: object) -> Bucket:
         return self  # clients cannot be copied, and need not be
 
-    def __reduce__(self) -> tuple[type[Bucket], tuple[str, str, float]]:
-        return Bucket, (self.scheme, self.authority, self.retry_s)
+    def __reduce__(self) -> tuple[type[Bucket], tuple[str, str, float, float]]:
+        return Bucket, (self.scheme, self.authority, self.retry_s, self.said_after_s)
 
     @property
     def url(self) -> str:
@@ -93,15 +100,16 @@ class Bucket:
         """
         start, pause = time.monotonic(), 0.1
         client = self.client()
-        while True:
-            try:
-                with as_os_errors(url):
-                    return work(client)
-            except (ConnectionError, TimeoutError):
-                if not repeat or time.monotonic() - start > self.retry_s:
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_BACKOFF_S)
+        with self._told_if_slow(url):
+            while True:
+                try:
+                    with as_os_errors(url):
+                        return work(client)
+                except (ConnectionError, TimeoutError):
+                    if not repeat or time.monotonic() - start > self.retry_s:
+                        raise
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_BACKOFF_S)
 
     def parallel(self, work: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
         """`work` of each item, several at a time, in order."""
@@ -111,6 +119,26 @@ class Bucket:
             if not self._pools:
                 self._pools.append(ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="rsmtdf-objects"))
         return list(self._pools[0].map(work, items))
+
+    @contextlib.contextmanager
+    def _told_if_slow(self, url: str) -> Iterator[None]:
+        """Says once that a request is slow; nobody should have to guess whether a program hangs."""
+
+        def tell() -> None:
+            log.warning(
+                "%s: not finished after %g s; the connection is slow, or cut. Trying for %g s more at most",
+                url,
+                self.said_after_s,
+                2 * self.retry_s + SILENCE_S - self.said_after_s,
+            )
+
+        timer = threading.Timer(self.said_after_s, tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _connect(self, prefix: str) -> ObjectStore:
         try:

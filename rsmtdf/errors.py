@@ -7,8 +7,10 @@
     │   ├── StoreNotFound    (FileNotFoundError)  there is none at this path
     │   ├── StoreIncomplete  (LookupError)        views or teachers are missing
     │   ├── StoreMismatch    (ValueError)         another identity than the one asked for
+    │   ├── StoreBusy        (BlockingIOError)    another process owns what is to be written
     │   └── StoreCorrupt     (OSError)            bytes differ from what was committed
     ├── TeacherError     (RuntimeError)       a teacher's model, weights or output
+    ├── WorkerError      (RuntimeError)       processes or machines that work was spread over
     ├── CheckpointError  (ValueError)         a run folder or a checkpoint
     └── TrainingError    (RuntimeError)       training cannot go on (NaN loss, nothing labelled)
 
@@ -58,6 +60,13 @@ class StoreMismatch(StoreError, ValueError):
     """The store has another identity (recipe, pixels, teacher, tile list) than the one asked for."""
 
 
+class StoreBusy(StoreError, BlockingIOError):
+    """Another process owns shards that are to be written; it may have finished with them later."""
+
+    def __new__(cls, *args: object) -> Self:
+        return OSError.__new__(cls, *args)  # as for StoreNotFound
+
+
 class StoreCorrupt(StoreError, OSError):
     """Bytes in the store differ from what was committed."""
 
@@ -67,6 +76,10 @@ class StoreCorrupt(StoreError, OSError):
 
 class TeacherError(RsmtdfError, RuntimeError):
     """A teacher's model name, weights or output is wrong."""
+
+
+class WorkerError(RsmtdfError, RuntimeError):
+    """Work that was spread over processes or machines cannot go on: they die, or cannot be reached."""
 
 
 class CheckpointError(RsmtdfError, ValueError):

@@ -9,24 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rsmtdf.cli.options import (
-    Calibrate,
-    Codec,
-    ConfigFile,
-    DatasetName,
-    Device,
-    Json,
-    Labels,
-    MaxGb,
-    PoolTiles,
-    Root,
-    Seeds,
-    Set,
-    StoreOut,
-    TeacherNames,
-    WeakViews,
-    Workers,
-)
+from rsmtdf.cli import stage_one_commands
+from rsmtdf.cli.options import ConfigFile, DatasetName, Device, Json, Labels, Root, Set
 from rsmtdf.cli.store_commands import cache_app
 from rsmtdf.cli.terminal import log_to_stderr, say, show
 from rsmtdf.errors import RsmtdfError
@@ -53,101 +37,8 @@ app.add_typer(teachers_app, name="teachers")
 Run = Annotated[Path, typer.Argument(help="A run folder, as train made it.")]
 
 
-@app.command("plan")
-def plan(
-    dataset: DatasetName = None,
-    config: ConfigFile = None,
-    root: Root = None,
-    labels: Labels = None,
-    out: StoreOut = "feats.zarr",
-    seeds: Seeds = None,
-    weak_views: WeakViews = None,
-    teacher: TeacherNames = None,
-    codec: Codec = None,
-    max_gb: MaxGb = None,
-    pool: PoolTiles = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    calibrate: Calibrate = True,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """What cache-features would make and cost: views, gigabytes, files, hours, break-even. Leaves nothing behind.
-
-    Times come from a few seconds of work on real tiles; teachers get random weights for it, so nothing is downloaded.
-    """
-    from rsmtdf.cli.pacing import calibrated
-    from rsmtdf.cli.planning import plan_cache, require_runnable
-
-    more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
-    source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
-    job = plan_cache(source, root=where, out=out)
-    require_runnable(job)
-    if calibrate:
-        job = calibrated(job, device=device, say=say)
-    show(job.plan.as_dict(), as_json=as_json, text=job.text())
-
-
-@app.command("cache-features")
-def cache_features(
-    dataset: DatasetName = None,
-    config: ConfigFile = None,
-    root: Root = None,
-    labels: Labels = None,
-    out: StoreOut = "feats.zarr",
-    seeds: Seeds = None,
-    weak_views: WeakViews = None,
-    teacher: TeacherNames = None,
-    codec: Codec = None,
-    max_gb: MaxGb = None,
-    pool: PoolTiles = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    max_failures: Annotated[
-        int | None,
-        typer.Option("--max-failures", help="Unreadable tiles that are no failure (exit code 1); default 0."),
-    ] = None,
-    stats_from: Annotated[
-        Any,
-        typer.Option(
-            "--stats-from",
-            metavar="STORE",
-            parser=store_path,
-            help="Take channel statistics from this store: the two can be merged then.",
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, as rsmtdf plan does, and stop.")] = False,
-    calibrate: Calibrate = True,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Stage 1: run the teachers once over every (tile, augmentation seed) and store their patch features.
-
-    Run it again to go on after an interruption, or with more seeds, labels, teachers or images: only what is
-    missing is computed. Example: rsmtdf cache-features --config mydata/rsmtdf.yaml --out feats.zarr
-    """
-    from rsmtdf.cli.cache_summary import summary_text
-    from rsmtdf.cli.caching import run_cache
-    from rsmtdf.cli.pacing import calibrated
-    from rsmtdf.cli.planning import plan_cache, require_runnable
-    from rsmtdf.signals import stop_flag
-
-    given = {"cache.pool_tiles": pool, "cache.workers": workers, "cache.max_failures": max_failures}
-    more = _settings(set_, **given)
-    source, where = _cache_source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
-    job = plan_cache(source, root=where, out=out)
-    if dry_run:
-        require_runnable(job)
-        job = calibrated(job, device=device, say=say) if calibrate else job
-    say(job.text())
-    if dry_run:
-        show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
-        return
-    with stop_flag() as stop:
-        result = run_cache(job, device=device, stop=stop, say=say, stats_from=stats_from)
-    show(result, as_json=as_json, text=summary_text(result))
-    if result["failed"]:
-        raise typer.Exit(1)
+app.command("plan")(stage_one_commands.plan)
+app.command("cache-features")(stage_one_commands.cache_features)
 
 
 @app.command("train")
@@ -343,34 +234,6 @@ VersionFlag = Annotated[
 @app.callback()
 def _root(version: VersionFlag = False) -> None:
     pass
-
-
-def _cache_source(
-    dataset: str | None,
-    config: Path | None,
-    root: Path | None,
-    labels: str | None,
-    seeds: str | None,
-    weak_views: str | None,
-    teacher: list[str] | None,
-    codec: str | None,
-    max_gb: float | None,
-    set_: list[str] | None,
-) -> tuple[Any, Path]:
-    """The experiment that the options describe, and its data root."""
-    from rsmtdf.cli.planning import select_teachers
-    from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
-
-    named = {"seeds": seeds, "weak_views": weak_views, "codec": codec, "max_gb": max_gb}
-    overrides = [*(set_ or []), *(f"cache.{k}={v}" for k, v in named.items() if v is not None)]
-    source = with_labels(load_source(dataset=dataset, config=config, overrides=overrides), labels)
-    source = Source(select_teachers(source.experiment, teacher), source.base)
-    return source, data_root(source, root=root)
-
-
-def _settings(set_: list[str] | None, **named: object) -> list[str]:
-    """The overrides of --set, and after them those of options that were given."""
-    return [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
 
 
 def handled(command: Callable[[], None]) -> int:

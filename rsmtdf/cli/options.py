@@ -44,10 +44,30 @@ MaxGb = Annotated[float | None, typer.Option("--max-gb", help="Size limit of the
 Codec = Annotated[
     str | None, typer.Option("--codec", help="How features are kept: int8 (default), int4 (half of it), fp16 (twice).")
 ]
+Devices = Annotated[
+    str | None, typer.Option("--devices", help="A process for each of these devices: cuda:0,cuda:1 or all.")
+]
+Processes = Annotated[
+    int | None, typer.Option("--processes", metavar="N", help="So many processes, all on --device (for CPUs).")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="Dask workers: tcp://HOST:PORT, local, cuda, or a FILE.yaml for a batch system."),
+]
+ShardRange = Annotated[
+    str | None,
+    typer.Option("--shard-range", metavar="I/N", help="Only piece I (from 0) of N of the store: for job arrays."),
+]
+Init = Annotated[
+    bool, typer.Option("--init", help="Prepare the store (views, statistics) for others to fill; compute nothing.")
+]
 Workers = Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")]
 PoolTiles = Annotated[
     int | None, typer.Option("--pool", metavar="N", help="Strong views of N tiles only, drawn by key; default all.")
 ]
 Calibrate = Annotated[
     bool, typer.Option("--calibrate/--no-calibrate", help="Measure times on the device; without, they are left out.")
+]
+StorePixels = Annotated[
+    bool, typer.Option("--store-pixels", help="Keep the views' pixels too: training then decodes no image.")
 ]

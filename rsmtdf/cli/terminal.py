@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rsmtdf.cli.amounts import size_text, time_text
 from rsmtdf.errors import ConfigError
 
 PLAIN_EVERY_S = 15.0
@@ -43,8 +44,8 @@ class Bar:
         self._bar.close()
 
     def advance(self, n: int, bytes_written: int | None = None) -> None:
-        """n more units; `bytes_written` so far is shown as GB."""
-        note = "" if bytes_written is None else f"{bytes_written / 1e9:.2f} GB"
+        """n more units; `bytes_written` so far is shown beside them."""
+        note = "" if bytes_written is None else f"{size_text(bytes_written)} written"
         self._show(self._done + n, note)
 
     def update_to(self, done: int, total: int) -> None:
@@ -65,12 +66,17 @@ class Bar:
         if self._plain and now - self._said >= PLAIN_EVERY_S:
             self._said = now
             rate = done / max(now - self._begun, 1e-9)
-            left = f", {(self._total - done) / rate:.0f} s left" if self._total and rate else ""
-            if self._unit == "B":
-                amount = f"{done / 1e9:.2f}/{(self._total or 0) / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s"
-            else:
-                amount = f"{done:,}/{self._total or '?'} {self._unit}s, {rate:.1f}/s"
-            print(f"{self._label}: {amount}{left} {note}".rstrip(), file=sys.stderr)
+            parts = [self._amount(done, rate)]
+            if self._total and rate:
+                parts.append(f"{time_text(max(self._total - done, 0) / rate)} left")
+            print(f"{self._label}: {', '.join([*parts, note] if note else parts)}", file=sys.stderr, flush=True)
+
+    def _amount(self, done: int, rate: float) -> str:
+        """`120/480 views, 9.8 views/s`; bytes in their own units."""
+        if self._unit == "B":
+            return f"{size_text(done)}{f' of {size_text(self._total)}' if self._total else ''}, {size_text(rate)}/s"
+        total = f"{self._total:,}" if self._total else "?"
+        return f"{done:,}/{total} {self._unit}s, {rate:.1f} {self._unit}s/s"
 
 
 def choose_device(name: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import rsmtdf
+from rsmtdf.cli.pixels import pixels_line, reads_pixels
 from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.runs import Mode, resumable, run_record, run_stem
 from rsmtdf.cli.students import backbone_weights, student_spec
@@ -42,6 +43,7 @@ from rsmtdf.stages import cache as cache_stage
 from rsmtdf.stages import train as stage
 from rsmtdf.stages.evaluate import evaluate
 from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.pixel_reader import PixelReader
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.model import Student, build_student
 from rsmtdf.student.spec import StudentSpec
@@ -144,6 +146,7 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None], opened: conte
     )
     if before:
         before.require(schedule)
+    kept = opened.enter_context(PixelReader(store)) if reads_pixels(experiment, store) else None
     every_tile = {t.id: t for t in workspace.dataset.tiles()}
     maker = cache_stage.view_maker(store, reader=workspace.dataset, tiles=every_tile)
     val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
@@ -167,9 +170,12 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None], opened: conte
         device=device,
         validate=partial(_score, workspace=workspace, tiles=val, device=device) if val else None,
         ranks=ranks,
+        kept=kept,
     )
     if ranks.rank == 0:
         say(_first_screen(workspace, counts, run, val))
+        if kept is not None:
+            say(pixels_line(kept, store))
     return job
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from rsmtdf.errors import StoreError
+from rsmtdf.errors import StoreBusy, StoreError
 from rsmtdf.objects import ObjectPath, StorePath, Version
 from rsmtdf.store.locks import LOCK_FILE, Locks, StoreLocks, runs
 from rsmtdf.store.renewal import LEASE_S, PATIENCE, RENEWALS, Lease, Watch, elapsed_s, parsed
@@ -89,7 +89,8 @@ class ObjectLocks:
         """Owns `shards` alone, all or none.
 
         Raises:
-            StoreError: one of them has another owner; or, on leaving, they were lost.
+            StoreBusy: one of them has another owner.
+            StoreError: on leaving, they were lost.
         """
 
         def refusal(run: tuple[int, int] | None, owner: str) -> str:
@@ -141,7 +142,7 @@ class ObjectLocks:
             alive = [self._is_alive(claim) for _, claim in blocking]
             if True in alive:
                 run, claim = blocking[alive.index(True)]
-                raise StoreError(refusal(run, claim.owner))
+                raise StoreBusy(refusal(run, claim.owner))
             if None in alive:
                 if not told:
                     told = True

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rsmtdf.errors import StoreError
+from rsmtdf.errors import StoreBusy, StoreError
 
 # Typed loosely, because what it holds differs between platforms; Windows has none.
 fcntl: Any = importlib.import_module("fcntl") if os.name != "nt" else None
@@ -94,13 +94,13 @@ class StoreLocks:
         """Owns `shards` alone, all or none.
 
         Raises:
-            StoreError: one of them has another owner.
+            StoreBusy: one of them has another owner.
         """
         with self._open() as fd:
             for first, last in runs(shards):
                 if (owner := self._take(fd, first + 1, last - first + 1)) is not None:
                     span = f"shard {first}" if first == last else f"shards {first} to {last}"
-                    raise StoreError(
+                    raise StoreBusy(
                         f"{span} of feature store {self._store} are already claimed by {owner}; let it finish, "
                         "fill another store and merge the two, or stop that process (its claim ends with it)"
                     )
@@ -111,7 +111,7 @@ class StoreLocks:
         """Owns every shard there is or will be, which is refused while any writer holds a claim."""
         with self._open() as fd:
             if (owner := self._take(fd, 1, 0)) is not None:
-                raise StoreError(
+                raise StoreBusy(
                     f"cannot {purpose} feature store {self._store} while {owner} is writing to it; "
                     "wait until it has finished, or stop that process"
                 )

@@ -7,7 +7,7 @@ replacement of one small file, written last. The words of finished segments are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,17 @@ class StatusArray:
             StoreCorrupt: the chunk file is damaged.
         """
         return self._decode(shard, read(self.chunk_file(shard)))
+
+    def read_shards(self, shards: Sequence[int]) -> np.ndarray:
+        """uint64 [len(shards), shard_views]: as `read_shard` of each; what it costs depends on `shards` alone.
+
+        Raises:
+            StoreCorrupt: a chunk file is damaged.
+        """
+        words = np.zeros((len(shards), self.shard_views), np.uint64)
+        for part, shard, blob in zip(words, shards, read_each([self.chunk_file(k) for k in shards]), strict=True):
+            part[:] = self._decode(shard, blob)
+        return words
 
     def _decode(self, shard: int, blob: bytes | None) -> np.ndarray:
         if blob is None:

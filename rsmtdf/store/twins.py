@@ -47,7 +47,7 @@ def keep_twins(path: StorePath, manifest: Manifest) -> None:
         }
         for file in files:
             found = data[file]
-            if found is not None and found != twins[file] and file not in wrong and _is_sound(file, found):
+            if found is not None and found != twins[file] and file not in wrong and _is_sound(file, found, manifest):
                 put(path / TWINS / file, found)
         for gone in set(names(path / TWINS / "teachers")) - set(manifest.teachers):
             remove_tree(path / TWINS / "teachers" / gone)
@@ -72,9 +72,9 @@ def twins_state(path: StorePath, manifest: Manifest) -> tuple[list[str], int]:
     files = [METADATA, *_irreplaceable(manifest)]
     damaged, behind = [], 0
     for file, data, twin in zip(files, _read(path, files), _read(path / TWINS, files), strict=True):
-        if twin is not None and not _is_sound(file, twin):
+        if twin is not None and not _is_sound(file, twin, manifest):
             damaged.append(f"{TWINS}/{file}")
-        elif twin != data and _sound(file, data):
+        elif twin != data and _sound(file, data, manifest):
             behind += 1
     return damaged, behind
 
@@ -98,7 +98,7 @@ def restore_twins(path: StorePath) -> list[str]:
 def _restorable(path: StorePath) -> Iterator[tuple[str, bytes]]:
     """(file, content of its twin), the root first."""
     root, twin_root = read_each([path / METADATA, path / TWINS / METADATA])
-    if not _sound(METADATA, root) and twin_root is not None and _sound(METADATA, twin_root):
+    if not _sound(METADATA, root, None) and twin_root is not None and _sound(METADATA, twin_root, None):
         yield METADATA, twin_root
         manifest = load(path / TWINS)
     else:
@@ -108,7 +108,8 @@ def _restorable(path: StorePath) -> Iterator[tuple[str, bytes]]:
     twins = dict(zip(files, _read(path / TWINS, files), strict=True))
     restored = set()
     for file in files:
-        if (twin := twins[file]) is not None and _sound(file, twin) and not _sound(file, data[file]):
+        twin = twins[file]
+        if twin is not None and _is_sound(file, twin, manifest) and not _sound(file, data[file], manifest):
             restored.add(file)
             yield file, twin
     # Whole chunks that are not those of the manifest: another process's, say, or of another moment.
@@ -137,7 +138,7 @@ class _Table:
         left, values = list(blobs), []
         for array, n in self.arrays:
             parts = [left.pop(0) for _ in range(-(-n // array.chunk))]
-            if any(b is None or not _is_sound("c", b) or len(b) != _chunk_bytes(array) for b in parts):
+            if any(b is None or not _is_sound("c", b, None) or len(b) != _chunk_bytes(array) for b in parts):
                 return False
             raw = b"".join(b[:-CRC_BYTES] for b in parts if b is not None)
             values.append(np.frombuffer(raw, np.dtype(array.dtype).newbyteorder("<"))[:n].astype(array.dtype))
@@ -174,17 +175,23 @@ def _chunks(array: str, length: int, chunk: int) -> Iterator[str]:
     yield from (f"{array}/c.{k}" for k in range(-(-length // chunk)))
 
 
-def _sound(file: str, data: bytes | None) -> bool:
-    return data is not None and _is_sound(file, data)
+def _sound(file: str, data: bytes | None, manifest: Manifest | None) -> bool:
+    return data is not None and _is_sound(file, data, manifest)
 
 
-def _is_sound(file: str, data: bytes) -> bool:
-    """Whether the content of one of these files agrees with the checksum that it carries, to the last byte."""
+def _is_sound(file: str, data: bytes, manifest: Manifest | None) -> bool:
+    """Whether the content of one of these files agrees with the checksum that it carries, to the last byte.
+
+    A teacher's metadata must also be those of the teacher that `manifest` names.
+    """
     if file.rpartition("/")[2] != METADATA:
         return len(data) > CRC_BYTES and crc32c(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:], "little")
     try:
         attributes = checked(json.loads(data)["attributes"][KEY], PurePosixPath(file))
     except (StoreError, ValueError, KeyError, TypeError):
+        return False
+    teacher = PurePosixPath(file).parent.name
+    if manifest is not None and file != METADATA and attributes["digest"] != manifest.teachers.get(teacher):
         return False
     return data == metadata_bytes(group_metadata({KEY: attributes}))
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from rsmtdf.buckets import Bucket
 from rsmtdf.objects import GAP_BYTES, PART_BYTES, ObjectPath, Version, store_path
 
 BIG = 5 * PART_BYTES + 12345
@@ -243,6 +244,15 @@ class TestFaults:
         start = time.monotonic()
         assert path.read_bytes() == b"data"
         assert 1.5 < time.monotonic() - start < 10
+
+    def test_a_slow_answer_is_told_of_while_it_is_awaited(self, place, faults, caplog):
+        bucket = Bucket("s3", place.bucket.authority, 20, said_after_s=0.2)
+        path = ObjectPath(bucket, place.key + "/x")
+        path.write_bytes(b"data")
+        assert not caplog.text
+        faults.stall(1, times=1, method="GET")
+        assert path.read_bytes() == b"data"
+        assert f"{path}: not finished after 0.2 s" in caplog.text
 
     def test_a_server_that_only_stalls_is_an_error(self, place, faults):
         path = store_path(str(place / "x"), retry_s=2)

@@ -14,9 +14,10 @@ import pytest
 from rsmtdf.errors import StoreCorrupt, StoreError
 from rsmtdf.signals import StopFlag
 from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.manifest import load
 from rsmtdf.store.repair import repair
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.store.twins import TWINS, damaged_files, restore_twins
+from rsmtdf.store.twins import TWINS, damaged_files, keep_twins, restore_twins
 from rsmtdf.store.verify import verify
 
 
@@ -152,6 +153,23 @@ def test_a_whole_table_that_is_not_the_manifests(kit, path, tmp_path):
     report = repair(path, stop=StopFlag())
     assert report.not_repaired == []
     assert (path / "tiles" / "id_bytes" / "c.0").read_bytes() == good
+    assert verify(path, stop=StopFlag()).is_sound
+
+
+def test_a_whole_teacher_that_is_not_the_manifests(kit, path, tmp_path):
+    """Another teacher's metadata are sound in themselves: the good twin survives writers, and puts them right."""
+    kit.full(path)
+    other = kit.create(tmp_path / "other")
+    kit.add_teacher(other, weights_sha256="11")
+    file = path / "teachers" / "t" / "zarr.json"
+    good = file.read_bytes()
+    shutil.copy(other.path / "teachers" / "t" / "zarr.json", file)
+    keep_twins(path, load(path))
+    assert (path / TWINS / "teachers" / "t" / "zarr.json").read_bytes() == good
+    with pytest.raises(StoreCorrupt, match="manifest says"):
+        FeatureStore.open(path)
+    assert repair(path, stop=StopFlag()).not_repaired == []
+    assert file.read_bytes() == good
     assert verify(path, stop=StopFlag()).is_sound
 
 

@@ -11,7 +11,7 @@ from rsmtdf.errors import DatasetError
 from rsmtdf.keyed import Draws
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
-from rsmtdf.stages.cache.teach import device_of, pixels_of
+from rsmtdf.stages.cache.transfer import device_of, pixels_of
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.stored_teacher import StoredTeacher

@@ -1,4 +1,8 @@
-"""Computing what a store lacks: views from a pool of threads, all teachers on a batch, shards by a writer thread.
+"""Computing what a store lacks: views from a pool of threads, all teachers on a batch, shards by other threads.
+
+Everything goes on at once, through queues that are bounded: views are made ahead, across batches and shards; a batch is
+sent to the device while the one before is computed; features are encoded there, and come back and are written while the
+next batch is computed. The memory it takes depends on the batch and the threads, not on how many views there are.
 
 A shard is the unit of work and of commit, so a killed run loses at most the shards in flight and goes on where it
 stopped. Views that an earlier run had to skip are tried again in every run, at the price of one decoded image per tile
@@ -8,28 +12,36 @@ withdrawn by a repair, only these are made and added to what it holds.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
+import numpy as np
+
+from rsmtdf.errors import StoreError
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
-from rsmtdf.stages.cache.mend import Commit, ShardWriter
 from rsmtdf.stages.cache.report import CacheReport
-from rsmtdf.stages.cache.teach import teach
-from rsmtdf.stages.cache.work import Work, plan_work, skipped_rows
-from rsmtdf.store.status import DONE, crc_of, state_of
+from rsmtdf.stages.cache.supply import Batch, Finished, batches, made_views, run_ahead, threads
+from rsmtdf.stages.cache.teach import Harvest, Lesson, Shown
+from rsmtdf.stages.cache.trace import Trace
+from rsmtdf.stages.cache.work import Work, plan_work, read_states
+from rsmtdf.stages.cache.write import Progress, ShardWriter
+from rsmtdf.store.status import SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.views.maker import UnreadableTile, ViewMaker
-from rsmtdf.views.view import View, view_crc
+from rsmtdf.views.maker import ViewMaker
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (views finished, bytes written) after each shard."""
+WRITERS = 2
+"""Threads that write, and shards that may wait for them: encoded features of so many are in memory."""
+AHEAD = 2
+"""Batches that are made and sent to the device before the one in hand is computed."""
 
 
 def fill_store(
@@ -49,6 +61,10 @@ def fill_store(
     Args and errors as `fill_shards`.
     """
     store.clean_partials()
+    # One file holds the status words of all that is sealed, so what is finished costs no look at each shard.
+    lacking = set(store.missing_shards(list(teachers)))
+    for name in teachers:
+        lacking |= {int(k) for k in np.flatnonzero(state_of(store.status(name)) == SKIPPED) // store.shard_views}
     report = fill_shards(
         store,
         teachers=teachers,
@@ -56,7 +72,7 @@ def fill_store(
         batch=batch,
         workers=workers,
         stop=stop,
-        shards=range(store.n_shards) if shards is None else shards,
+        shards=sorted(lacking if shards is None else lacking.intersection(shards)),
         progress=progress,
         keep_going=keep_going,
     )
@@ -75,10 +91,12 @@ def fill_shards(
     shards: Sequence[int],
     progress: Progress | None = None,
     keep_going: bool = False,
+    turn: AbstractContextManager[object] | None = None,
 ) -> CacheReport:
     """Computes and commits every missing view of `shards`, each teacher where it is missing.
 
-    Several processes may do so at a time, each with its own shards.
+    Several processes may do so at a time, each with its own shards; it costs what these shards cost, however large the
+    store is.
 
     Args:
         store: open for writing; it has the teachers.
@@ -90,6 +108,8 @@ def fill_shards(
         shards: where to look.
         progress: told what is finished.
         keep_going: skip views whose pixels differ from those recorded, and report them, instead of stopping there.
+        turn: held around each batch's work on the device, such as a lock that calls in several threads share: while
+            one of them computes, the others make their views and write.
 
     Raises:
         StoreError: another process is writing to one of these shards.
@@ -98,46 +118,97 @@ def fill_shards(
     """
     started = time.perf_counter()
     report = CacheReport()
-    within = set(shards)
-    with (
-        ThreadPoolExecutor(max(workers, 1), thread_name_prefix="views") as pool,
-        ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
-    ):
-        skipped = skipped_rows(store, teachers, within)
+    trace = Trace(report.busy)
+    names = list(teachers)
+    with threads(workers, "views") as pool:
+        states = read_states(store, names, set(shards))
+        skipped = [row for of in states.values() for row in of.skipped]
         _look_into_tiles(maker, skipped, pool, report, stop=stop)
         mendable = {row for row in skipped if not _in_the_way(maker, row, report)}
-        wanted = set(store.missing_shards(list(teachers))) & within | {row // store.shard_views for row in mendable}
-        with ExitStack() as owned:
-            owned.enter_context(store.claim(sorted(wanted)))
-            shard_writer = owned.enter_context(ShardWriter(store, report))
+        wanted = {k for k, of in states.items() if of.is_missing or not mendable.isdisjoint(of.skipped)}
+        with store.claim(sorted(wanted)):
             # Read again now that the shards are ours: another process may have finished some in between.
-            work = plan_work(store, list(teachers), wanted, mendable)
-            pending: Future[int] | None = None
-            try:
-                for item, made in _made(store, work, maker, pool, report, stop=stop):
-                    waited = time.perf_counter()
-                    views = [(row, future.result()) for row, future in zip(item.rows, made, strict=True)]
-                    report.busy["wait"] += time.perf_counter() - waited
-                    good, bad = _sorted_out(store, item, views, report, keep_going=keep_going)
-                    commits, batch = _computed(item, good, bad, teachers, batch, report, stop)
-                    if pending is not None:
-                        report.bytes_written += pending.result()
-                    pending = writer.submit(shard_writer.write, item.shard, commits)
-                    report.views += len(good)
-                    if progress is not None and item.pending:
-                        progress(len(item.pending), report.bytes_written)
-            finally:
-                # Also when stopping: the shard in the writer's hands is finished, so keep it.
-                if pending is not None:
-                    report.bytes_written += pending.result()
-        left = skipped_rows(store, teachers, within)
+            work = plan_work(read_states(store, names, wanted), mendable)
+            keeping = store.pixels is not None
+            views = made_views(work, maker, pool, ahead=2 * (batch + workers), trace=trace, keeping=keeping)
+            lesson = Lesson(
+                store,
+                teachers,
+                batch=batch,
+                stop=stop,
+                trace=trace,
+                turn=contextlib.nullcontext() if turn is None else turn,
+            )
+            with ShardWriter(
+                store,
+                teachers,
+                report=report,
+                trace=trace,
+                progress=progress,
+                facts=lambda: {"batch": lesson.batch},
+            ) as writer:
+                try:
+                    _compute(lesson, batches(views, batch=batch, keep_going=keep_going), writer, trace)
+                except StoreError as error:
+                    if not _is_disk_full(error):
+                        raise
+                    raise StoreError(f"{error}\n{_what_is_missing(store, work, report)}") from error
+        for row, reason in report.changed.items():
+            log.warning("view %s stays missing: %s", store.describe(row), reason)
+        left = [row for of in read_states(store, names, states).values() for row in of.skipped]
         # Another process may have skipped some meanwhile, for reasons not known here.
         _look_into_tiles(maker, [r for r in left if not _in_the_way(maker, r, report)], pool, report, stop=stop)
         report.partners_lost = sum(
             maker.tile(row).id not in report.unreadable for row in left if row not in report.changed
         )
+    report.batch = lesson.batch
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _compute(lesson: Lesson, items: Iterator[Batch | Finished], writer: ShardWriter, trace: Trace) -> None:
+    """Shows the batches to their teachers, one after another, while views are made before and shards written after."""
+    writing: deque[Future[None]] = deque()
+    harvest = Harvest()
+    with threads(1, "batches") as ahead, threads(WRITERS, "writer") as pool:
+        try:
+            for item in run_ahead(lesson.show(items), ahead, ahead=AHEAD, trace=trace):
+                if isinstance(item, Shown):
+                    lesson.teach(item, harvest)
+                    continue
+                writing.append(pool.submit(writer.write, item, harvest))
+                harvest = Harvest()
+                while len(writing) > WRITERS or (writing and writing[0].done()):
+                    with trace.span("held"):
+                        writing.popleft().result()
+        finally:
+            # Also when stopping: what the writers have in hand is finished, so keep it.
+            with trace.span("held"):
+                wait(writing)
+                for one in writing:
+                    one.result()
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether `error` comes from a disk, or a share of one, that is full."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _what_is_missing(store: FeatureStore, work: Sequence[Work], report: CacheReport) -> str:
+    """How much of `work` was committed, and what is left of it."""
+    done = {row.shard for row in report.ledger}
+    left = [item for item in work if item.shard not in done]
+    views = sum(len(item.pending) for item in left)
+    size = sum(len(rows) * store.teacher(name).bytes_per_view for item in left for name, rows in item.due.items())
+    return (
+        f"The disk is full. This run committed {report.views:,} views ({report.bytes_written / 1e6:,.0f} MB); "
+        f"{views:,} views are missing, for which {size / 1e6:,.0f} MB are needed"
+    )
 
 
 def _look_into_tiles(
@@ -157,103 +228,3 @@ def _look_into_tiles(
 def _in_the_way(maker: ViewMaker, row: int, report: CacheReport) -> bool:
     """Whether a tile that `row` comes from is known as unreadable."""
     return any(tile.id in report.unreadable for tile in maker.sources(row))
-
-
-def _made(
-    store: FeatureStore,
-    work: Sequence[Work],
-    maker: ViewMaker,
-    pool: ThreadPoolExecutor,
-    report: CacheReport,
-    *,
-    stop: StopFlag,
-) -> Iterator[tuple[Work, list[Future[View | UnreadableTile]]]]:
-    """Shards with the futures of their views, made at most one shard ahead of the one in hand."""
-    queue: deque[tuple[Work, list[Future[View | UnreadableTile]]]] = deque()
-    for item in work:
-        stop.check(f"stopped; run the same command again to go on ({store.path})")
-        queue.append((item, _submit(item.rows, maker, pool, report)))
-        if len(queue) > 1:
-            yield queue.popleft()
-    yield from queue
-
-
-def _submit(
-    rows: Sequence[int], maker: ViewMaker, pool: ThreadPoolExecutor, report: CacheReport
-) -> list[Future[View | UnreadableTile]]:
-    """One future per row; the two rows of a pair come from one task, so each tile is rendered once."""
-    futures: dict[int, Future[View | UnreadableTile]] = {row: Future() for row in rows}
-
-    def work(unit: tuple[int, ...]) -> None:
-        begun = time.perf_counter()
-        try:
-            outcome = maker.attempted(unit)
-        except BaseException as error:  # noqa: BLE001 (handed to whoever waits for the views)
-            for row in unit:
-                futures[row].set_exception(error)
-            return
-        for row, view in zip(unit, outcome, strict=True):
-            futures[row].set_result(view)
-        report.busy["view"] += time.perf_counter() - begun
-
-    seen: set[int] = set()
-    for row in rows:
-        if row not in seen:
-            unit = tuple(sorted({row, maker.partner(row)} & futures.keys()))
-            seen.update(unit)
-            pool.submit(work, unit)
-    return [futures[row] for row in rows]
-
-
-def _sorted_out(
-    store: FeatureStore,
-    item: Work,
-    views: Sequence[tuple[int, View | UnreadableTile]],
-    report: CacheReport,
-    *,
-    keep_going: bool,
-) -> tuple[dict[int, View], dict[int, str]]:
-    """The views of a shard that the teachers are to see, and why the others are missing.
-
-    Without `keep_going`, only what an earlier run skipped is compared here with the recorded pixels: it must not hold
-    up the rest. Any other view that differs stops the run when it is committed.
-    """
-    good = {row: view for row, view in views if isinstance(view, View)}
-    errors = {row: view for row, view in views if isinstance(view, UnreadableTile)}
-    report.unreadable.update({error.tile: str(error) for error in errors.values()})
-    bad = {row: str(error) for row, error in errors.items()}
-    words, first = store.view_status_array.read_shard(item.shard), item.shard * store.shard_views
-    recorded = state_of(words) == DONE
-    for row in [r for r in good if recorded[r - first] and (keep_going or r not in item.pending)]:
-        expected, found = int(crc_of(words)[row - first]), view_crc(good[row])
-        if found != expected:
-            bad[row] = f"its pixels differ from those that were recorded: checksum {found:08x}, expected {expected:08x}"
-            report.changed[row] = bad[row]
-            log.warning("view %s stays missing: %s", store.describe(row), bad[row])
-            del good[row]
-    return good, bad
-
-
-def _computed(
-    item: Work,
-    good: Mapping[int, View],
-    bad: Mapping[int, str],
-    teachers: Mapping[str, Teacher],
-    batch: int,
-    report: CacheReport,
-    stop: StopFlag,
-) -> tuple[list[Commit], int]:
-    """What the teachers say of a shard's views, and the batch size that memory allows."""
-    groups: list[tuple[dict[str, Teacher], Mapping[int, View], bool]] = []
-    if item.whole:
-        groups.append(({name: teachers[name] for name in item.whole}, good, False))
-    for name, rows in item.mend.items():
-        again = {row: good[row] for row in rows if row in good}
-        # What is to do must become skipped at least; what was skipped before may stay as it is.
-        if again or item.due[name]:
-            groups.append(({name: teachers[name]}, again, True))
-    commits = []
-    for some, views, mends in groups:
-        features, batch = teach(list(views.values()), some, batch, report, stop)
-        commits.append(Commit(teachers=some, good=views, bad=bad, features=features, mends=mends))
-    return commits, batch

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rsmtdf.stages.cache.trace import PARTS
+
+IDLE = 0.1
+"""The share of the time that a device may stand still before something else is said to limit it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRow:
@@ -18,7 +23,7 @@ class LedgerRow:
 
 @dataclass
 class CacheReport:
-    """How stage 1 went. Seconds are busy time: `view` summed over threads, the others over the one that does them."""
+    """How stage 1 went."""
 
     views: int = 0
     """Views whose features were computed."""
@@ -26,6 +31,11 @@ class CacheReport:
     """Teacher -> views that it has seen."""
     bytes_written: int = 0
     seconds: float = 0.0
+    """From beginning to end."""
+    devices: int = 1
+    """That computed at the same time."""
+    batch: int = 0
+    """Views shown at a time in the end: fewer than asked for where memory ran out."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Tile id -> why it cannot be read; its views are missing, those that earlier runs skipped included."""
     partners_lost: int = 0
@@ -34,7 +44,8 @@ class CacheReport:
     """Row -> how its pixels differ from those recorded; these views are missing."""
     ledger: list[LedgerRow] = field(default_factory=list)
     """In the order of their commits."""
-    busy: dict[str, float] = field(default_factory=lambda: {"view": 0.0, "teacher": 0.0, "write": 0.0, "wait": 0.0})
+    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    """Part -> seconds; see `PARTS`."""
 
     def add(self, other: CacheReport) -> None:
         """Takes in what another worker did; `seconds` stay this report's own."""
@@ -49,14 +60,21 @@ class CacheReport:
         self.changed.update(other.changed)
         self.ledger += other.ledger
 
+    @property
+    def device_share(self) -> float:
+        """The part of the time in which the devices computed and encoded, 0 to 1."""
+        return min((self.busy["teacher"] + self.busy["encode"]) / max(self.seconds * self.devices, 1e-9), 1.0)
+
     def limited_by(self, workers: int) -> str:
-        """The part that took the longest: teachers, views (per worker) or writing."""
-        shares = {
-            "teachers": self.busy["teacher"],
-            "views": self.busy["view"] / max(workers, 1),
-            "writing": self.busy["write"],
-        }
-        return max(shares, key=lambda k: shares[k])
+        """What to give more to: the teachers' device, or views or writing, for want of which it stood still.
+
+        Args:
+            workers: threads that made views; 0 and 1 are the same.
+        """
+        del workers  # what the device waited for was measured
+        idle = {"views": self.busy["wait"], "writing": self.busy["held"]}
+        longest = max(idle, key=lambda k: idle[k])
+        return longest if idle[longest] > IDLE * max(self.seconds * self.devices, 1e-9) else "teachers"
 
     def as_dict(self) -> dict[str, Any]:
         rate = self.views / self.seconds if self.seconds else 0.0
@@ -69,5 +87,6 @@ class CacheReport:
             "unreadable_tiles": self.unreadable,
             "partners_lost": self.partners_lost,
             "changed_views": len(self.changed),
+            "device_busy": round(self.device_share, 4),
             "busy_seconds": {k: round(v, 3) for k, v in self.busy.items()},
         }

@@ -1,0 +1,110 @@
+"""What `spread` asks of those who do the work: a few lines, so that any `concurrent.futures` pool can be a crew."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from rsmtdf.signals import Interrupted, StopFlag
+
+Units = tuple[int, ...]
+"""Numbers of what a task is to do, ascending."""
+
+
+class Outcome(Protocol):
+    """What `work` returns: small and picklable, as it may cross a network."""
+
+    @property
+    def seconds(self) -> float:
+        """That the task took."""
+        ...
+
+    @property
+    def refused(self) -> str | None:
+        """Why the units cannot be had now (somebody else has them); they are to be tried again later."""
+        ...
+
+
+Work = Callable[[Units, str, StopFlag], Any]
+"""(units, device, flag) -> `Outcome`; picklable. Raises `Interrupted` soon after the flag is raised. Doing units again
+that are done already must be harmless: a task may run twice where its worker seems to be dead."""
+
+
+class WorkerLost(Exception):
+    """Whoever had the task is gone, or was told by others to end; the task may be tried again."""
+
+
+class Crew(Protocol):
+    """Who does the work, and where."""
+
+    @property
+    def name(self) -> str:
+        """For the user: what kind of workers."""
+        ...
+
+    @property
+    def deaths(self) -> int:
+        """Workers that ended without being asked to."""
+        ...
+
+    @property
+    def moved(self) -> int:
+        """Tasks that the crew itself gave to another worker after a death."""
+        ...
+
+    def slots(self) -> int:
+        """Tasks to have under way at this moment; a bounded window."""
+        ...
+
+    def submit(self, work: Work, units: Units) -> Future[Any]:
+        """A future of the outcome: None where the worker was told to end; its exception is `WorkerLost` where the
+        worker is gone, or what `work` raised.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Tells the workers to end their tasks soon; returns at once."""
+        ...
+
+
+@functools.cache
+def told_to_stop(run: str) -> StopFlag:
+    """The flag of one run in this worker process, which its crew raises from afar."""
+    return StopFlag()
+
+
+def run_here(work: Work, units: Units, device: str, run: str) -> Any:
+    """What a worker process runs: `work` with the flag of the run; None where it was told to end."""
+    try:
+        return work(units, device, told_to_stop(run))
+    except Interrupted:
+        return None
+
+
+class SerialCrew:
+    """This process, a task at a time: the reference for all others, and for tests."""
+
+    name = "this process"
+    deaths = 0
+    moved = 0
+
+    def __init__(self, *, device: str, stop: StopFlag) -> None:
+        self._device, self._stop = device, stop
+
+    def slots(self) -> int:
+        return 1
+
+    def submit(self, work: Work, units: Units) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(units, self._device, self._stop))
+        except Interrupted:
+            future.set_result(None)
+        except Exception as error:  # noqa: BLE001 (raised by whoever asks for the result)
+            future.set_exception(error)
+        return future
+
+    def stop(self) -> None:
+        """Nothing is under way when this is called."""
