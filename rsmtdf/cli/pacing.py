@@ -30,6 +30,9 @@ def calibrated(job: CacheJob, *, device: str, say: Callable[[str], None]) -> Cac
     say(f"measuring  a training step, then views and teachers, on {torch_device} (--no-calibrate does without)")
     # First, because on the CPU its memory is the peak of this process so far.
     training = measure_training(experiment, job.specs, device=torch_device)
+    if training is None:
+        batch = f"{experiment.train.micro_batch}+{experiment.train.micro_batch}"
+        say(f"note       {torch_device} has no memory for a micro-batch of {batch}: lower train.micro_batch")
     begun = time.perf_counter()
     teachers = {
         name: build_teacher(

@@ -14,7 +14,8 @@ from typing import Any
 from rsmtdf.cli.configs import shipped_config
 from rsmtdf.config import Dtype, Experiment, load_experiment, parse_experiment
 from rsmtdf.data.dataset import Dataset, usable_tiles
-from rsmtdf.data.splits import Splits, labelled_tiles, make_splits
+from rsmtdf.data.labelled import labelled_tiles
+from rsmtdf.data.splits import Splits, make_splits
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.keyed import key_seed
 from rsmtdf.specs import SplitSpec, Tile, to_dict

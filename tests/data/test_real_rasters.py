@@ -10,9 +10,10 @@ import rasterio
 from rsmtdf.data.check import check_dataset
 from rsmtdf.data.dataset import Dataset, usable_tiles
 from rsmtdf.data.discover import propose
+from rsmtdf.data.labelled import labelled_tiles
 from rsmtdf.data.raster import read_header, read_pixels
 from rsmtdf.data.scaling import suggest_scaling, to_bytes
-from rsmtdf.data.splits import labelled_tiles, make_splits
+from rsmtdf.data.splits import make_splits
 from rsmtdf.errors import DatasetError
 from rsmtdf.specs import DatasetSpec, SplitSpec
 
