@@ -12,6 +12,7 @@ from rsmtdf.cli.terminal import choose_device
 from rsmtdf.cli.training_pace import measure_training
 from rsmtdf.objects import ObjectPath
 from rsmtdf.specs import Teacher
+from rsmtdf.stages.cache import choose_batch
 from rsmtdf.stages.cache.add import STATISTICS_VIEWS
 from rsmtdf.stages.plan import Clock, Pace, TrainingPace, draw_sample, measure_pace, now, time_text
 from rsmtdf.teachers.registry import build_teacher
@@ -70,7 +71,7 @@ def pace_of(job: CacheJob, teachers: Mapping[str, Teacher], *, build_seconds: fl
         sample,
         teachers=teachers,
         codec=cache.codec,
-        batch=cache.batch,
+        batch=choose_batch(cache.batch, teachers, crop_px=workspace.experiment.views.crop_px),
         workers=cache.workers,
         folder=_nearest_folder(job),
         shard_bytes=plan.shard_views * max(plan.bytes_per_view.values(), default=1),

@@ -23,6 +23,9 @@ from rsmtdf.stages import cache as stage
 from rsmtdf.stages.plan import Amounts, Plan, count_text, make_plan, plan_text, resolve_amounts, size_text
 from rsmtdf.store import places
 from rsmtdf.store.codecs import CODECS, bytes_per_view, find_codec
+from rsmtdf.store.pixels import STRONG
+from rsmtdf.store.pixels import bytes_per_view as pixels_per_view
+from rsmtdf.store.status import DONE, TODO, state_of
 from rsmtdf.store.store import SHARD_VIEWS, FeatureStore
 from rsmtdf.teachers.open_clip_teacher import is_tag
 from rsmtdf.teachers.registry import describe, fetch, resolve_source
@@ -115,18 +118,24 @@ def plan_cache(source: Source, *, root: Path, out: StorePath) -> CacheJob:
         workspace = open_workspace(source, root=root, held_out=held_out, progress=bar.update_to)
     sizes = {c: {n: bytes_per_view(c, f.tokens, f.dim) for n, f in specs.items()} for c in CODECS}
     pending = {name: _pending(store, [name]) for name in sources}
-    amounts, added = _growth(workspace, store, out, pending, sizes[experiment.cache.codec])
+    keeps_pixels = experiment.cache.store_pixels or (store is not None and store.pixels is not None)
+    pixel_bytes: dict[str, int] = {stream: pixels_per_view(experiment.views.crop_px, stream) for stream in STREAMS}
+    chosen = sizes[experiment.cache.codec]
+    # Most views of a store are strong ones, and the others take less: what is fitted to the disk fits in any case.
+    extra = pixel_bytes["strong"] if keeps_pixels else 0
+    amounts, added = _growth(workspace, store, out, pending, chosen, extra)
     growth, free = sum(new.views for new in added), places.free_bytes(out)
     shard_views = store.shard_views if store else SHARD_VIEWS
     # Each addition begins a segment, and each segment a shard.
     grown = sum(-(-new.views // shard_views) for new in added)
+    views = _views_by_stream(store, added)
     asked = {**{name: [name] for name in sources}, "views": list(sources)}
     plan = make_plan(
         amounts=amounts,
         train=experiment.train,
         pool=len(workspace.pool),
         labelled=len(workspace.labelled),
-        views=_views_by_stream(store, added),
+        views=views,
         new_views=_pending(store, list(sources)) + growth,
         new_features={name: n + growth for name, n in pending.items()},
         codec=experiment.cache.codec,
@@ -137,6 +146,9 @@ def plan_cache(source: Source, *, root: Path, out: StorePath) -> CacheJob:
         stored_bytes=places.tree_bytes(out) if store else 0,
         shard_views=shard_views,
         free_bytes=free,
+        new_pixels=_pixels_to_store(store, views) if keeps_pixels else None,
+        pixel_bytes=pixel_bytes,
+        pixel_files=_pixel_files(store, added, shard_views) if keeps_pixels else 0,
     )
     if free is not None and plan.new_bytes > free:
         raise ConfigError(
@@ -183,6 +195,7 @@ def _growth(
     out: StorePath,
     pending: Mapping[str, int],
     bytes_per_view: Mapping[str, int],
+    pixels_per_view: int,
 ) -> tuple[Amounts, list[stage.Addition]]:
     """How many views the store shall hold, and those that it has to grow by."""
     experiment, pool, labelled = workspace.experiment, workspace.pool, workspace.labelled
@@ -198,7 +211,7 @@ def _growth(
         train=experiment.train,
         pool=len(pool),
         labelled=len(labelled),
-        bytes_per_view=bytes_per_view,
+        bytes_per_view={**bytes_per_view, "stored pixels": pixels_per_view},
         free_bytes=places.free_bytes(out),
         done_bytes=sum((stored - n) * bytes_per_view[name] for name, n in pending.items()),
         missing=lambda a: sum(new.views for new in additions(a)),
@@ -239,6 +252,26 @@ def _views_by_stream(store: FeatureStore | None, added: Sequence[stage.Addition]
     for new in added:
         views[new.stream] += new.views
     return views
+
+
+def _pixels_to_store(store: FeatureStore | None, views: Mapping[str, int]) -> dict[str, int]:
+    """Stream -> views of the finished store whose pixels are not stored yet; streams without views are left out."""
+    lacking = {stream: n for stream, n in views.items() if n}
+    if store is not None and store.pixels is not None:
+        stored = state_of(store.pixel_status()) == DONE
+        for segment in store.segments:
+            lacking[segment.stream] -= int(stored[segment.row_start : segment.row_stop].sum())
+    return lacking
+
+
+def _pixel_files(store: FeatureStore | None, added: Sequence[stage.Addition], shard_views: int) -> int:
+    """Files that storing the missing pixels takes: of each shard its arrays and its status words."""
+    shards = [(new.stream, -(-new.views // shard_views)) for new in added]
+    if store is not None:
+        lacking = (state_of(store.pixel_status()) == TODO).reshape(-1, shard_views).any(axis=1)
+        for s in store.segments:
+            shards.append((s.stream, int(lacking[s.row_start // shard_views : -(-s.row_stop // shard_views)].sum())))
+    return sum(n * (4 if stream in STRONG else 3) for stream, n in shards)
 
 
 def _expect_teachers(store: FeatureStore | None, specs: Mapping[str, FeatureSpec], *, codec: str) -> None:

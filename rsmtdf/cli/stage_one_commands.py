@@ -52,6 +52,7 @@ def plan(
     precision: Precision = None,
     max_gb: MaxGb = None,
     pool: PoolTiles = None,
+    store_pixels: StorePixels = False,
     device: Device = "auto",
     workers: Workers = None,
     calibrate: Calibrate = True,
@@ -66,6 +67,7 @@ def plan(
     from rsmtdf.cli.planning import plan_cache, require_runnable
 
     more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
+    more += ["cache.store_pixels=true"] if store_pixels else []
     source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, more)
     job = plan_cache(source, root=where, out=out)
     require_runnable(job)

@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from rsmtdf.cli.planning import plan_cache
 from rsmtdf.cli.training import TrainOptions, train_run
+from rsmtdf.cli.workspace import data_root
 from rsmtdf.errors import StoreCorrupt, StoreMismatch
 from rsmtdf.learning.run import RunFolder
 from rsmtdf.signals import StopFlag
@@ -151,3 +153,21 @@ def test_views_made_for_the_teachers_are_stored_along_with_them(tiny: Any) -> No
     assert result["views"] == grown.n_views - store.n_views
     assert result["pixels"] == result["pixels"] | {"stored": grown.n_views, "views": 0, "missing": 0}
     assert verify(tiny.store, stop=StopFlag()).is_sound
+
+
+def test_the_plan_prices_pixels_and_a_finished_store_needs_none(tiny: Any) -> None:
+    def planned(*overrides: str) -> Any:
+        source = tiny.source(*overrides)
+        return plan_cache(source, root=data_root(source, root=None), out=tiny.store).plan
+
+    without, asked = planned(), planned(STORED)
+    assert without.new_pixels == {}
+    assert sum(asked.new_pixels.values()) == FeatureStore.open(tiny.store).n_views
+    tiny.cache(STORED)
+    written = list((tiny.store / "pixels").rglob("c.*"))
+    overhead = sum(64 * 16 + 4 for f in written if f.parent.name != "status")
+    crcs = 4 * (3 * asked.new_pixels["strong"] + 2 * asked.new_pixels["weak"])
+    payload = sum(f.stat().st_size for f in written if f.parent.name != "status")
+    assert asked.new_bytes - without.new_bytes == asked.new_pixel_bytes == payload - overhead - crcs
+    assert asked.new_files["pixels"] == len(written)
+    assert planned().new_pixel_bytes == 0

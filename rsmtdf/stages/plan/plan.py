@@ -68,7 +68,7 @@ class Plan:
     store_bytes: int
     new_bytes: int
     new_files: dict[str, int]
-    """Teacher -> files; `views` -> those of the views themselves."""
+    """Teacher -> files; `views` -> those of the views themselves; `pixels` -> those of stored pixels, if any."""
     free_bytes: int | None
     """None: no limit is known (object stores)."""
     shard_views: int
@@ -77,6 +77,15 @@ class Plan:
     """None: not measured."""
     pace: Pace | None = None
     training: TrainingPace | None = None
+    new_pixels: dict[str, int] = field(default_factory=dict)
+    """Stream -> views whose pixels will be stored; empty where the store keeps none."""
+    pixel_bytes: dict[str, int] = field(default_factory=dict)
+    """Stream -> bytes of a view's pixels, of the same streams."""
+
+    @property
+    def new_pixel_bytes(self) -> int:
+        """Of pixels, among `new_bytes`."""
+        return sum(n * self.pixel_bytes[stream] for stream, n in self.new_pixels.items())
 
     @property
     def hours(self) -> float | None:
@@ -162,6 +171,9 @@ def make_plan(
     stored_bytes: int,
     shard_views: int,
     free_bytes: int | None,
+    new_pixels: Mapping[str, int] | None = None,
+    pixel_bytes: Mapping[str, int] | None = None,
+    pixel_files: int = 0,
 ) -> Plan:
     """The plan to bring a store of `stored_bytes` to `views`; see `Plan` for the terms.
 
@@ -169,9 +181,14 @@ def make_plan(
         codec_sizes: codec -> teacher -> bytes of a view's features.
         new_shards: teacher -> shards that will be written; `views` -> shards of views that will be made.
         files_per_shard: of a teacher, in the chosen codec.
+        new_pixels: stream -> views whose pixels will be stored; None: none are kept.
+        pixel_bytes: stream -> bytes of a view's pixels.
+        pixel_files: that storing them takes.
     """
-    sizes = codec_sizes[codec]
+    sizes, pixels = codec_sizes[codec], dict(new_pixels or {})
+    kept = {stream: (pixel_bytes or {})[stream] for stream in pixels}
     new_bytes = sum(n * sizes[name] for name, n in new_features.items())
+    new_bytes += sum(n * kept[stream] for stream, n in pixels.items())
     files = {name: files_per_shard * new_shards[name] for name in new_features}
     held = sum(views.values())
     return Plan(
@@ -187,10 +204,12 @@ def make_plan(
         store_bytes=stored_bytes + new_bytes,
         new_bytes=new_bytes,
         # The views' own status words, a file per shard.
-        new_files={**files, "views": new_shards["views"]},
+        new_files={**files, "views": new_shards["views"], **({"pixels": pixel_files} if pixel_files else {})},
         free_bytes=free_bytes,
         shard_views=shard_views,
         train=train,
+        new_pixels=pixels,
+        pixel_bytes=kept,
     )
 
 

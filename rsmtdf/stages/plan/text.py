@@ -18,6 +18,7 @@ def plan_text(plan: Plan) -> str:
         f"tiles      {plan.pool_tiles:,} in the pool, {plan.labelled_tiles:,} labelled",
         f"views      {streams} = {count_text(total, 'view')}; {plan.new_views:,} to compute",
         *_codec_table(plan),
+        *_pixel_lines(plan),
         f"disk       {size_text(plan.new_bytes)} in {files} to write, {size_text(plan.store_bytes)} then; {free}",
         f"time       {'not measured' if plan.estimate is None else time_text(plan)}",
         *_training_lines(plan.outlook, plan.train.recipe),
@@ -71,6 +72,15 @@ def _codec_table(plan: Plan) -> list[str]:
         mark = "  <- chosen" if codec == plan.codec else ""
         lines.append(f"           {codec:6} {cells} {size_text(sum(sizes.values())):>9}{mark}")
     return lines
+
+
+def _pixel_lines(plan: Plan) -> list[str]:
+    """What stored pixels add, where any are to be stored."""
+    if not any(plan.new_pixels.values()):
+        return []
+    each = " or ".join(f"{size_text(n)} a {stream} view" for stream, n in plan.pixel_bytes.items())
+    views = count_text(sum(plan.new_pixels.values()), "view")
+    return [f"pixels     of {views} stored too: {size_text(plan.new_pixel_bytes)} ({each})"]
 
 
 def _limit_text(estimate: Estimate) -> str:
