@@ -4,9 +4,10 @@
 
 Everything else is real: planning and growing the store, tasks of about a second over the executors (shorter than in
 earnest, so that there are many), claims, files, checksums, status words, sealing. Each row is a process of its own.
-`rss` is the peak of the coordinating process, in which Dask's scheduler runs too; `before` is its memory before the
-first task, with the store open. `resume` is the time from opening a store that is half done until the first task
-could be given out; `nothing` the same for one that is finished. Files are in the page cache.
+CPU is that of workers and coordinator, which depends little on what else the machine does. `rss` is the peak of the
+coordinating process, in which Dask's scheduler runs too; `before` is its memory before the first task, with the store
+open. `resume` is the time from opening a store that is half done until the first task could be given out; `nothing`
+the same for one that is finished. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -77,12 +79,13 @@ def measure(path: Path, executor: str, *, until: float) -> dict[str, Any]:
         "shards": len(shards),
     }
     views = 0
-    samples: list[tuple[int, float]] = []
+    cpu_s: dict[int, tuple[float, float]] = {}
+    """Worker -> at its first and at its last task."""
 
     def take(done: parts.Done) -> None:
         nonlocal views
         views += done.views
-        samples.append((views, rss_mb()))
+        cpu_s[done.worker] = (cpu_s.get(done.worker, (done.cpu_s,))[0], done.cpu_s)
 
     stop = StopFlag()
     if shards:
@@ -91,9 +94,15 @@ def measure(path: Path, executor: str, *, until: float) -> dict[str, Any]:
             # Workers import torch and read the store's columns before the first shard; that is not a cost per view.
             spread(shards[: 2 * WORKERS], work=work, crew=crew, stop=stop, on_done=take, target_s=0.001)
             views, found["before_mb"] = 0, rss_mb()
-            start = time.perf_counter()
+            for worker, (_, last) in cpu_s.items():
+                cpu_s[worker] = (last, last)
+            start, cpu_start = time.perf_counter(), time.process_time()
             tally = spread(shards[2 * WORKERS :], work=work, crew=crew, stop=stop, on_done=take, target_s=TARGET_S)
             found["fill_s"] = time.perf_counter() - start
+            cpu_s[-1] = (cpu_start, time.process_time())
+            if executor == "serial":
+                del cpu_s[os.getpid()]
+        found["cpu_us_per_view"] = 1e6 * sum(last - first for first, last in cpu_s.values()) / max(views, 1)
         found |= {"views": views, "us_per_view": 1e6 * found["fill_s"] / max(views, 1), "tasks": tally.tasks}
     found["rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     sealing = time.perf_counter()
@@ -121,20 +130,25 @@ def row(folder: Path, executor: str, views: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        (
-            "| executor | views | prepare s | first half µs/view | second half | rss before / peak MB | resume s "
-            "| seal s | nothing to do s |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = [
+        "executor", "views", "prepare s", "µs/view, each half", "CPU µs/view, each half", "rss before / peak MB",
+        "resume s", "seal s", "nothing to do s",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for r in rows:
         half, rest = r["half"], r["rest"]
-        lines.append(
-            f"| {r['executor']} | {r['views']:,} | {r['prepare_s']:.1f} | {half['us_per_view']:.0f} | "
-            f"{rest['us_per_view']:.0f} | {rest['before_mb']:.0f} / {rest['rss_mb']:.0f} | {rest['resume_s']:.2f} | "
-            f"{rest['seal_s']:.2f} | {r['nothing']['resume_s']:.2f} |"
-        )
+        cells = [
+            r["executor"],
+            f"{r['views']:,}",
+            f"{r['prepare_s']:.1f}",
+            f"{half['us_per_view']:.0f}, {rest['us_per_view']:.0f}",
+            f"{half['cpu_us_per_view']:.0f}, {rest['cpu_us_per_view']:.0f}",
+            f"{rest['before_mb']:.0f} / {rest['rss_mb']:.0f}",
+            f"{rest['resume_s']:.2f}",
+            f"{rest['seal_s']:.2f}",
+            f"{r['nothing']['resume_s']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class Done:
     worker: int
     seconds: float
     views: int
+    cpu_s: float
+    """Of the worker's process, since it began."""
     refused: str | None = None
 
 
@@ -63,7 +66,7 @@ class FakeMaker(ViewMaker):
         return View(pixels, np.ones((2, 2), bool))
 
 
-def prepare(path: Path, views: int) -> None:
+def prepare(path: Path | str, views: int) -> None:
     """A store with `views` views of `views / SEEDS` tiles, and nothing computed."""
     store = FeatureStore.create(path, recipe=ViewRecipe(crop_px=14), dataset=DATASET, data_root="images", experiment={})
     pool = [f"scene{k // 1000:05d}/{k % 1000 // 32}_{k % 32}" for k in range(views // SEEDS)]
@@ -93,4 +96,4 @@ def fill(path: str, shards: tuple[int, ...], device: str, stop: StopFlag) -> Don
     report = stage.fill_shards(
         store, teachers={"fake": FakeTeacher()}, maker=maker, batch=64, workers=1, stop=stop, shards=shards
     )
-    return Done(os.getpid(), report.seconds, report.views)
+    return Done(os.getpid(), report.seconds, report.views, time.process_time())

@@ -83,7 +83,8 @@ def measure_pipeline(folder: Path, arguments: argparse.Namespace) -> dict[str, A
     )
     (teacher,) = teachers.values()
     shards_each = store.n_shards // (rounds + 1)
-    pipeline, bare, busy = [], [], []
+    rows: list[dict[str, dict[str, float]]] = []
+    busy = []
     for k in range(rounds + 1):
         shards = range(k * shards_each, (k + 1) * shards_each)
         shown = [
@@ -99,25 +100,26 @@ def measure_pipeline(folder: Path, arguments: argparse.Namespace) -> dict[str, A
             for pixels in shown:
                 teacher(pixels)
 
-        seconds = {}
+        times: dict[str, dict[str, float]] = {}
         for name in ("pipeline", "bare") if k % 2 else ("bare", "pipeline"):
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             made = whole() if name == "pipeline" else alone()
-            seconds[name] = time.perf_counter() - begun
+            times[name] = {"wall": time.perf_counter() - begun, "cpu": time.process_time() - used}
             if isinstance(made, cache.CacheReport) and k:
                 busy.append(made.busy)
         if k:  # the first pair is to warm up
-            pipeline.append(seconds["pipeline"])
-            bare.append(seconds["bare"])
-        say(f"round {k} of {rounds}: {seconds['bare'] / seconds['pipeline']:.3f}")
+            rows.append(times)
+        wall, cpu = (times["bare"][of] / times["pipeline"][of] for of in ("wall", "cpu"))
+        say(f"round {k} of {rounds}: {wall:.3f} ({cpu:.3f} of CPU seconds)")
     return {
         "teacher": next(iter(described)),
         "views": per_seed,
         "batch": batch,
         "workers": WORKERS,
-        "pipeline_s": pipeline,
-        "bare_s": bare,
-        "share": [b / p for b, p in zip(bare, pipeline, strict=True)],
+        "pipeline_s": [r["pipeline"]["wall"] for r in rows],
+        "bare_s": [r["bare"]["wall"] for r in rows],
+        "share": [r["bare"]["wall"] / r["pipeline"]["wall"] for r in rows],
+        "cpu_share": [r["bare"]["cpu"] / r["pipeline"]["cpu"] for r in rows],
         "busy_s": {part: statistics.fmean(b[part] for b in busy) for part in busy[0]},
     }
 
@@ -197,13 +199,23 @@ def report(found: dict[str, Any]) -> str:
     p, growth = found["pipeline"], found["growth"]
     share, low, high = statistics.median(p["share"]), min(p["share"]), max(p["share"])
     rate, bare = (p["views"] / statistics.median(p[key]) for key in ("pipeline_s", "bare_s"))
-    head = ["teacher", "bare teacher, views/s", "pipeline, views/s", "pipeline / bare, paired", "range", "rounds"]
+    cpu = statistics.median(p["cpu_share"])
+    head = [
+        "teacher",
+        "bare teacher, views/s",
+        "pipeline, views/s",
+        "pipeline / bare, paired",
+        "range",
+        "of CPU seconds",
+        "rounds",
+    ]
     line = [
         p["teacher"],
         f"{bare:.2f}",
         f"{rate:.2f}",
         f"{share:.3f}",
         f"{low:.3f} to {high:.3f}",
+        f"{cpu:.3f}",
         str(len(p["share"])),
     ]
     setting = f"{p['views']} views a round, batches of {p['batch']}, {p['workers']} threads for views"

@@ -72,11 +72,14 @@ class CacheConfig(Model):
     """Strong views of so many tiles of the pool, drawn by key (fewer are part of more); None: of all."""
     max_gb: float | None = Field(None, gt=0)
     """Of the store; None: half the free space."""
-    batch: int = Field(8, ge=1)
+    batch: Literal["auto"] | int = "auto"
+    """Views that teachers see at a time; auto: 8 on a CPU, on a GPU what is fastest there and fits its memory."""
+    compile: bool = False
+    """Run the teachers through torch.compile: faster on a GPU after a minute, and other last bits of features."""
     workers: int = Field(2, ge=0)
     max_failures: int = Field(0, ge=0)
 
-    @field_validator("seeds", "weak_views")
+    @field_validator("seeds", "weak_views", "batch")
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:

@@ -49,3 +49,20 @@ def run_python(tmp_path_factory: pytest.TempPathFactory):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def withdraw():
+    """Marks a teacher's shard as not done, as a repair does before it is computed again."""
+    import numpy as np
+
+    from rsmtdf.store.status import DONE, SKIPPED, TODO, state_of, word
+
+    def mark(store, shard: int, teacher: str) -> None:
+        status = store.teacher(teacher).status
+        words = status.read_shard(shard)
+        if status.is_sealed(shard):
+            status.unseal(shard)
+        status.write_shard(shard, np.where(np.isin(state_of(words), (DONE, SKIPPED)), np.uint64(word(TODO)), words))
+
+    return mark

@@ -119,8 +119,8 @@ def _prepared_for_others(
     stats_from: Path | None,
     as_it_is: bool,
 ) -> tuple[FeatureStore, ViewMaker]:
-    """The store of `job`, with all its views and teachers, and the maker of its views. No teacher is loaded where
-    all are in it already.
+    """The store of `job`, with all its views and teachers, and the maker of its views. No teacher is loaded where the
+    store has all of them already.
     """
     have = () if job.store is None else job.store.teachers
     teachers: Mapping[str, Teacher] = {}

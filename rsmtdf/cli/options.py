@@ -44,6 +44,10 @@ MaxGb = Annotated[float | None, typer.Option("--max-gb", help="Size limit of the
 Codec = Annotated[
     str | None, typer.Option("--codec", help="How features are kept: int8 (default), int4 (half of it), fp16 (twice).")
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="What the teachers compute in: float32, bfloat16 or float16 (as configured)."),
+]
 Devices = Annotated[
     str | None, typer.Option("--devices", help="A process for each of these devices: cuda:0,cuda:1 or all.")
 ]

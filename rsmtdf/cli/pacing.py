@@ -12,6 +12,7 @@ from rsmtdf.cli.terminal import choose_device
 from rsmtdf.cli.training_pace import measure_training
 from rsmtdf.objects import ObjectPath
 from rsmtdf.specs import Teacher
+from rsmtdf.stages.cache import choose_batch
 from rsmtdf.stages.cache.add import STATISTICS_VIEWS
 from rsmtdf.stages.plan import Clock, Pace, TrainingPace, draw_sample, measure_pace, now, time_text
 from rsmtdf.teachers.registry import build_teacher
@@ -30,6 +31,9 @@ def calibrated(job: CacheJob, *, device: str, say: Callable[[str], None]) -> Cac
     say(f"measuring  a training step, then views and teachers, on {torch_device} (--no-calibrate does without)")
     # First, because on the CPU its memory is the peak of this process so far.
     training = measure_training(experiment, job.specs, device=torch_device)
+    if training is None:
+        batch = f"{experiment.train.micro_batch}+{experiment.train.micro_batch}"
+        say(f"note       {torch_device} has no memory for a micro-batch of {batch}: lower train.micro_batch")
     begun = time.perf_counter()
     teachers = {
         name: build_teacher(
@@ -67,7 +71,7 @@ def pace_of(job: CacheJob, teachers: Mapping[str, Teacher], *, build_seconds: fl
         sample,
         teachers=teachers,
         codec=cache.codec,
-        batch=cache.batch,
+        batch=choose_batch(cache.batch, teachers, crop_px=workspace.experiment.views.crop_px),
         workers=cache.workers,
         folder=_nearest_folder(job),
         shard_bytes=plan.shard_views * max(plan.bytes_per_view.values(), default=1),

@@ -20,7 +20,7 @@ from rsmtdf.errors import ConfigError, DatasetError, StoreNotFound
 from rsmtdf.objects import StorePath
 from rsmtdf.specs import STREAMS, FeatureSpec
 from rsmtdf.stages import cache as stage
-from rsmtdf.stages.plan import Amounts, Plan, make_plan, plan_text, resolve_amounts, size_text
+from rsmtdf.stages.plan import Amounts, Plan, count_text, make_plan, plan_text, resolve_amounts, size_text
 from rsmtdf.store import places
 from rsmtdf.store.codecs import CODECS, bytes_per_view, find_codec
 from rsmtdf.store.pixels import STRONG
@@ -49,7 +49,11 @@ class CacheJob:
     def text(self) -> str:
         """The splits and the plan, for a terminal."""
         splits = split_summary(self.workspace.splits, self.workspace.experiment.splits)
-        return f"splits     {splits}\n{plan_text(self.plan)}"
+        unusable = len(self.workspace.unreadable)
+        note = (
+            f"\nunreadable {count_text(unusable, 'file')}, left out (rsmtdf data check names them)" if unusable else ""
+        )
+        return f"splits     {splits}{note}\n{plan_text(self.plan)}"
 
 
 def select_teachers(experiment: Experiment, names: Sequence[str] | None) -> Experiment:
@@ -83,7 +87,7 @@ def teacher_sources(experiment: Experiment) -> dict[str, TeacherSource]:
     Raises:
         ConfigError: no such preset, or a field that fits none.
     """
-    return {t.name: resolve_source(_entry(t)) for t in experiment.teachers}
+    return {t.name: resolve_source({**_entry(t), "compile": experiment.cache.compile}) for t in experiment.teachers}
 
 
 def _entry(teacher: TeacherConfig) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def compare(store: FeatureStore, views: int, means: Means, stop: StopFlag) -> di
             teachers=teachers,
             maker=maker,
             views=views,
-            batch=experiment.cache.batch,
+            batch=cache_stage.choose_batch(experiment.cache.batch, teachers, crop_px=experiment.views.crop_px),
             stop=stop,
             progress=bar.update_to,
         )

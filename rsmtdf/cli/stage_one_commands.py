@@ -21,6 +21,7 @@ from rsmtdf.cli.options import (
     Labels,
     MaxGb,
     PoolTiles,
+    Precision,
     Processes,
     Root,
     Scheduler,
@@ -48,6 +49,7 @@ def plan(
     weak_views: WeakViews = None,
     teacher: TeacherNames = None,
     codec: Codec = None,
+    precision: Precision = None,
     max_gb: MaxGb = None,
     pool: PoolTiles = None,
     store_pixels: StorePixels = False,
@@ -66,7 +68,7 @@ def plan(
 
     more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
     more += ["cache.store_pixels=true"] if store_pixels else []
-    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
+    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, more)
     job = plan_cache(source, root=where, out=out)
     require_runnable(job)
     if calibrate:
@@ -84,6 +86,7 @@ def cache_features(
     weak_views: WeakViews = None,
     teacher: TeacherNames = None,
     codec: Codec = None,
+    precision: Precision = None,
     max_gb: MaxGb = None,
     pool: PoolTiles = None,
     store_pixels: StorePixels = False,
@@ -126,7 +129,7 @@ def cache_features(
     given = {"cache.pool_tiles": pool, "cache.workers": workers, "cache.max_failures": max_failures}
     more = [*_settings(set_, **given), *(["cache.store_pixels=true"] if store_pixels else [])]
     scale = scale_of(devices=devices, processes=processes, scheduler=scheduler, shard_range=shard_range, init=init)
-    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, max_gb, more)
+    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, more)
     if scale and scale.shard_range and not dry_run and (store := _prepared(out, source)):
         with stop_flag() as stop:
             _conclude(
@@ -155,17 +158,18 @@ def _source(
     weak_views: str | None,
     teacher: list[str] | None,
     codec: str | None,
+    precision: str | None,
     max_gb: float | None,
     set_: list[str] | None,
 ) -> tuple[Any, Path]:
     """The experiment that the options describe, and its data root."""
     from rsmtdf.cli.planning import select_teachers
-    from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels
+    from rsmtdf.cli.workspace import Source, data_root, load_source, with_labels, with_precision
 
     named = {"seeds": seeds, "weak_views": weak_views, "codec": codec, "max_gb": max_gb}
     overrides = [*(set_ or []), *(f"cache.{k}={v}" for k, v in named.items() if v is not None)]
     source = with_labels(load_source(dataset=dataset, config=config, overrides=overrides), labels)
-    source = Source(select_teachers(source.experiment, teacher), source.base)
+    source = with_precision(Source(select_teachers(source.experiment, teacher), source.base), precision)
     return source, data_root(source, root=root)
 
 

@@ -168,4 +168,5 @@ def _built(sources: Mapping[str, TeacherSource], grid: tuple[int, int], device: 
 
 def _contents(store: FeatureStore) -> str:
     facts: list[Any] = [store.identity, store.n_rows, [repr(s) for s in store.segments], sorted(store.teachers)]
+    facts.append(store.pixels is not None)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rsmtdf.cli.configs import shipped_config
-from rsmtdf.config import Experiment, load_experiment, parse_experiment
+from rsmtdf.config import Dtype, Experiment, load_experiment, parse_experiment
 from rsmtdf.data.dataset import Dataset, usable_tiles
-from rsmtdf.data.splits import Splits, labelled_tiles, make_splits
+from rsmtdf.data.labelled import labelled_tiles
+from rsmtdf.data.splits import Splits, make_splits
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.keyed import key_seed
 from rsmtdf.specs import SplitSpec, Tile, to_dict
@@ -82,6 +84,20 @@ def with_labels(source: Source, labels: str | None) -> Source:
     absolute = str(Path(labels).resolve()) if Path(labels).is_file() else labels
     splits = dataclasses.replace(source.experiment.splits, labels=absolute)
     return Source(source.experiment.model_copy(update={"splits": splits}), source.base)
+
+
+def with_precision(source: Source, precision: str | None) -> Source:
+    """`source` with all teachers computing in another dtype; another one makes other teachers of them.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+    if precision is None:
+        return source
+    if precision not in (known := typing.get_args(Dtype)):
+        raise ConfigError(f"--precision {precision}: expected one of {', '.join(known)}")
+    teachers = tuple(t.model_copy(update={"compute_dtype": precision}) for t in source.experiment.teachers)
+    return Source(source.experiment.model_copy(update={"teachers": teachers}), source.base)
 
 
 def data_root(source: Source, *, root: Path | None, recorded: str | None = None) -> Path:

@@ -191,9 +191,13 @@ class Dataset:
         Scenes that are read by window are decoded at each read.
         """
         images = {tile.image: self._header_of(tile) for tile in tiles}
-        costs = {image: header.width * header.height * 4 for image, header in images.items()}
-        kept = [cost for cost in costs.values() if self._is_kept_whole(cost)]
-        windowed = reads * (1 - len(kept) / len(costs)) if costs else 0.0
+        # Kept are 3 bytes a pixel, and one more for the valid mask where there is one.
+        kept = [
+            header.width * header.height * (4 if header.has_validity(self.spec.nodata) else 3)
+            for header in images.values()
+            if self._is_kept_whole(header.width * header.height * 4)
+        ]
+        windowed = reads * (1 - len(kept) / len(images)) if images else 0.0
         # Where not all fit, a scene is still there from its last turn with the probability that it fits.
         missing = 1 - min(self._cache.budget_bytes / max(sum(kept), 1), 1.0)
         return windowed + max(min(len(kept), reads - windowed), (reads - windowed) * missing)

@@ -94,16 +94,11 @@ def commit_shard(
     return written
 
 
-def withdraw_shard(store: FeatureStore, shard: int, teacher: str) -> None:
-    """Marks a teacher's shard as not done, durably: the first step of a repair."""
-    _withdraw(store, store.teacher(teacher).status, shard)
-
-
-def _withdraw(store: FeatureStore, status: StatusArray, shard: int, *, keep: list[int] | None = None) -> None:
+def _withdraw(store: FeatureStore, status: StatusArray, shard: int, *, keep: list[int]) -> None:
     """Sets a shard's committed words to todo before its data change, but for the slots whose bytes stay as they are."""
     words = status.read_shard(shard)
     committed = np.isin(state_of(words), (DONE, SKIPPED))
-    committed[keep or []] = False
+    committed[keep] = False
     if committed.any():
         _break_seal(store, status, shard)
         store.claims.still_held()

@@ -20,7 +20,7 @@ import torch
 from rsmtdf.errors import StoreError, StoreMismatch
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
-from rsmtdf.store.carry import AT_A_TIME, in_parallel, joined, read_sound, require_space
+from rsmtdf.store.carry import AT_A_TIME, RECODED_FROM, in_parallel, joined, read_sound, require_space
 from rsmtdf.store.merge_plan import MergePlan, plan_merge
 from rsmtdf.store.places import absolute
 from rsmtdf.store.reader import FeatureReader
@@ -244,13 +244,15 @@ class _TeacherMerge:
         theirs, new = self._taken(taken, bad)
         crcs = {row: int(crc_of(self._our_views[[row]])[0]) for row in ours}
         crcs |= {row: int(crc_of(self._their_views[[self._source[row]]])[0]) for row in theirs}
+        # Beside the shard, not with the teacher: of its other views it would not be true.
+        came = {RECODED_FROM: self._from_b.teacher.codec} if self._recode else {}
         skipped = [r for r in rows.tolist() if r not in crcs and (self._skip[r] or self._ours[r] == SKIPPED)]
         self._a.write_shard(
             shard,
             view_crcs=crcs,
             skipped=dict.fromkeys(skipped, "could not be read when it was cached"),
             features={self._name: joined(ours, old, theirs, new)},
-            provenance={"merged_from": str(self._b.path), "merged": theirs},
+            provenance={"merged_from": str(self._b.path), "merged": theirs, **came},
             left=set(rows.tolist()) - set(crcs) - set(skipped),
         )
         with self._lock:

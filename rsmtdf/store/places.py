@@ -10,7 +10,8 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from rsmtdf.objects import ObjectPath, StorePath
 
 PARALLEL_GETS = 32
 """Small objects fetched at a time: what counts there is the latency of a request."""
+BEGUN_BYTES = 8 << 20
+"""After as many the disk is set to work: it writes while the next are summed and copied, and less is left to fsync."""
 
 
 def put(path: StorePath, *parts: bytes | np.ndarray) -> int:
@@ -50,6 +53,13 @@ def put(path: StorePath, *parts: bytes | np.ndarray) -> int:
         return _put_file(path, parts)
 
 
+def put_each(path: StorePath, parts: Iterable[bytes | np.ndarray]) -> int:
+    """As `put`, of parts that are made while those before are written; its folder is there."""
+    if isinstance(path, ObjectPath):
+        return put(path, *parts)
+    return _put_file(path, parts)
+
+
 def read(path: StorePath) -> bytes | None:
     """The content of a small file; None where there is none.
 
@@ -58,6 +68,23 @@ def read(path: StorePath) -> bytes | None:
     """
     try:
         return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreachable(path, error) from error
+
+
+def read_head(path: StorePath, length: int) -> bytes | None:
+    """The first `length` bytes of a file that has as many; None where there is none.
+
+    Raises:
+        StoreError: as `read`.
+    """
+    try:
+        if isinstance(path, ObjectPath):
+            return bytes(path.read_ranges([0], [length])[0])
+        with path.open("rb") as file:
+            return file.read(length)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -204,8 +231,23 @@ def _walk(folder: ObjectPath) -> list[tuple[str, int]]:
         raise unreachable(folder, error) from error
 
 
-def _put_file(path: Path, parts: Sequence[bytes | np.ndarray]) -> int:
+def _put_file(path: Path, parts: Iterable[bytes | np.ndarray]) -> int:
     with whole_file(path) as temporary, temporary.open("wb") as out:
-        n = sum(out.write(part if isinstance(part, bytes) else part.data) for part in parts)
+        n = begun = 0
+        for part in parts:
+            n += out.write(part if isinstance(part, bytes) else part.data)
+            if n - begun >= BEGUN_BYTES:
+                out.flush()
+                _begin_writing(out.fileno(), begun, n - begun)
+                begun = n
         out.flush()
     return n
+
+
+def _begin_writing(fd: int, start: int, length: int) -> None:
+    """Has the system begin to write these bytes to the disk. It is said that they are not needed, which drops what is
+    on the disk already: pages on their way there stay. Durable they are by fsync alone.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # advice only
+            os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)

@@ -350,14 +350,6 @@ class FeatureStore:
         todo = self._todo(teachers, retry_skipped=retry_skipped).reshape(-1, self.shard_views)
         return [int(k) for k in np.flatnonzero(todo.any(axis=1))]
 
-    def missing_teachers(self, teachers: Sequence[str]) -> dict[int, list[str]]:
-        """Shard -> those of `teachers` that lack one of its views; shards that lack nothing are left out."""
-        found: dict[int, list[str]] = {}
-        for name in teachers:
-            for shard in self.missing_shards([name]):
-                found.setdefault(shard, []).append(name)
-        return dict(sorted(found.items()))
-
     def pending_rows(self, teachers: Sequence[str], *, retry_skipped: bool = False) -> np.ndarray:
         """int64 rows of views that are not done (nor skipped) for one of `teachers`."""
         return np.flatnonzero(self._todo(teachers, retry_skipped=retry_skipped)).astype(np.int64)
@@ -594,11 +586,6 @@ class FeatureStore:
             owned = shard in self._owned
         with contextlib.nullcontext() if owned else self.claim([shard]):
             return commit_pixels(self, shard, views=views, view_crcs=view_crcs)
-
-    def withdraw(self, shard: int, teacher: str) -> None:
-        """Marks a teacher's shard as not done, so that it is computed again."""
-        with self.claim([shard]):
-            commit.withdraw_shard(self, shard, teacher)
 
     def clean_partials(self) -> int:
         """Removes temporary files of writers that died, but none of those at work; how many."""

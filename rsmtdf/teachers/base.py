@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -23,6 +24,8 @@ class VitTeacher(ABC):
     def __init__(self, *, spec: FeatureSpec, device: torch.device) -> None:
         self._spec = spec
         self._device = device
+        self._run: Callable[[torch.Tensor], torch.Tensor] = self._tokens
+        self._is_compiled = False
 
     @property
     def spec(self) -> FeatureSpec:
@@ -31,6 +34,18 @@ class VitTeacher(ABC):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._is_compiled
+
+    @final
+    def compile(self, *, backend: str = "inductor") -> None:
+        """Has the model run through `torch.compile` from its next batch on, whose compilation takes a minute.
+
+        The last bits of features may then differ from those of the same teacher as it is.
+        """
+        self._run, self._is_compiled = torch.compile(self._tokens, backend=backend), True
 
     @property
     @abstractmethod
@@ -73,7 +88,7 @@ class VitTeacher(ABC):
                 f"got {list(x.shape)}"
             )
         with torch.inference_mode(), self._precision():
-            tokens = self._tokens(x).float()
+            tokens = self._run(x).float()
         expected = (x.shape[0], self._spec.tokens, self._spec.dim)
         if tuple(tokens.shape) != expected:
             raise TeacherError(f"teacher '{self._spec.name}' gave {list(tokens.shape)}, its spec says {list(expected)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,10 +15,13 @@ import torch
 
 from rsmtdf.errors import ConfigError
 from rsmtdf.specs import FeatureSpec, Teacher
+from rsmtdf.teachers.base import VitTeacher
 from rsmtdf.teachers.open_clip_teacher import OpenClipTeacher
 from rsmtdf.teachers.presets import PRESETS
 from rsmtdf.teachers.source import ComputeDtype, PosEmbed, TeacherSource
 from rsmtdf.teachers.timm_teacher import TimmTeacher
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -72,10 +76,18 @@ def build_teacher(source: TeacherSource, *, student_grid: tuple[int, int], devic
         device: where it computes.
 
     Raises:
-        ConfigError: no such library or model.
+        ConfigError: no such library or model, or one that cannot be compiled where `compile` asks for it.
         TeacherError: the weights are missing or do not fit.
     """
-    return library(source).build(source, student_grid=student_grid, device=device)
+    teacher = library(source).build(source, student_grid=student_grid, device=device)
+    if source.compile:
+        if not isinstance(teacher, VitTeacher):
+            raise ConfigError(
+                f"teacher '{source.name}': library {source.library} compiles no models; leave `compile` out"
+            )
+        log.info("teacher '%s' is compiled: last bits of its features may differ from an uncompiled run", source.name)
+        teacher.compile()
+    return teacher
 
 
 def describe(source: TeacherSource, *, student_grid: tuple[int, int]) -> FeatureSpec:

@@ -44,6 +44,9 @@ class TeacherSource:
     None: by the model's name, in this sense."""
     compute_dtype: ComputeDtype = "float32"
     """float32, or the dtype of autocast."""
+    compile: bool = False
+    """Whether the model runs through `torch.compile`. Its sums may come in another order, as on another device: so it
+    is no part of the feature's identity, and a store's provenance says it."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the library's model; part of the feature's identity."""
     licence: str = ""

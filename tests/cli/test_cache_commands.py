@@ -298,7 +298,7 @@ def test_litter_of_a_removal_that_was_cut_short_is_cleared_by_stage_one(tiny: An
     assert not any((tiny.store / file).exists() for file in gone)
 
 
-def test_info_shows_what_is_there_and_what_finishes_it(tiny: Any, command: Run) -> None:
+def test_info_shows_what_is_there_and_what_finishes_it(tiny: Any, command: Run, withdraw: Callable[..., None]) -> None:
     said = command("cache", "info", tiny.store)
     assert said.code == 0, said.err
     table = [line.split() for line in said.out.splitlines()]
@@ -306,7 +306,7 @@ def test_info_shows_what_is_there_and_what_finishes_it(tiny: Any, command: Run) 
     assert ["strong", "0-1", "40", "complete", "complete"] in table
     assert ["weak", "0-4", "30", "complete", "complete"] in table
     assert "; sealed" in said.out
-    FeatureStore.open(tiny.store, writable=True).withdraw(0, "dense")
+    withdraw(FeatureStore.open(tiny.store, writable=True), 0, "dense")
     command("cache", "rm", tiny.store, "--seed", "1", "--yes")
     said = command("cache", "info", tiny.store)
     assert "INCOMPLETE" in said.out

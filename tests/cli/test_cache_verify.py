@@ -49,9 +49,9 @@ def test_damage_names_store_teacher_view_file_and_what_to_do(tiny: Any, command:
     assert said.out.rstrip().endswith(f"rsmtdf cache repair {tiny.store}")
 
 
-def test_an_incomplete_store_is_sound(tiny: Any, command: Run) -> None:
+def test_an_incomplete_store_is_sound(tiny: Any, command: Run, withdraw: Callable[..., None]) -> None:
     store = FeatureStore.open(tiny.store, writable=True)
-    store.withdraw(0, "dense")
+    withdraw(store, 0, "dense")
     said = command("cache", "verify", tiny.store)
     assert said.code == 0
     assert "sound, incomplete" in said.out

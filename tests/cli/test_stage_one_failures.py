@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,9 @@ def test_a_plan_for_an_old_and_a_new_teacher_prices_each(tiny: Any) -> None:
     assert plan.new_bytes == payload(plan)["third"]
 
 
-def test_the_plan_of_an_interrupted_store_is_what_is_left(tiny: Any) -> None:
+def test_the_plan_of_an_interrupted_store_is_what_is_left(tiny: Any, withdraw: Callable[..., None]) -> None:
     store = FeatureStore.open(tiny.store, writable=True)
-    store.withdraw(0, "coarse")
+    withdraw(store, 0, "coarse")
     plan = planned(tiny)
     left = len(store.rows_of_shard(0))
     assert (plan.new_views, plan.new_features) == (left, {"dense": 0, "coarse": left})

@@ -101,6 +101,30 @@ def test_every_scene_is_decoded_once_and_the_cache_is_bounded(folder, spec):
     assert 0 < data._cache.used_bytes <= 4 * 64 * 64 * 4
 
 
+def test_an_empty_twin_decodes_anew_and_leaves_the_other_as_it_is(folder, spec):
+    data = Dataset(spec, folder)
+    data.read_image(data.tile("a/0_0"))
+    used = data._cache.used_bytes
+    twin = data.with_empty_cache()
+    assert twin.listing is data.listing
+    assert twin._cache.used_bytes == 0
+    assert np.array_equal(twin.read_image(twin.tile("a/0_0"))[0], data.read_image(data.tile("a/0_0"))[0])
+    assert twin._cache.used_bytes == used == data._cache.used_bytes
+
+
+@pytest.mark.parametrize(("scenes", "reads"), [(100, 400), (6, 400), (4, 40), (1, 400)])
+def test_expected_decodes_are_those_of_reads_in_random_order(folder, spec, scenes, reads):
+    """Eleven scenes, of which the cache holds all, about half, a third, or none whole."""
+    data = Dataset(spec, folder, cache_bytes=scenes * 64 * 64 * 4)
+    decoded = []
+    original = data._decode
+    data._decode = lambda image, *rest: (decoded.append(image), original(image, *rest))[1]
+    tiles, rng = data.tiles(), np.random.default_rng(0)
+    for i in rng.integers(0, len(tiles), reads):
+        data.read_image(tiles[i])
+    assert data.expected_decodes(tiles, reads=reads) == pytest.approx(len(decoded), rel=0.15, abs=2)
+
+
 def _digest(data):
     return [int(data.read_image(t)[0].sum()) * 7 + int(data.read_label(t).sum()) for t in data.tiles()]
 
@@ -204,7 +228,7 @@ def test_an_image_that_never_opens_has_no_tiles_and_is_listed(folder, spec, capl
     assert len(data.tiles()) == 40
     assert list(data.unreadable) == ["images/c.png"]
     assert "truncated" in data.unreadable["images/c.png"]
-    assert "1 image(s) cannot be opened" in caplog.text
+    assert "1 image(s) cannot be used" in caplog.text
     assert data.resolve_name("c") == []
     found = usable_tiles(data, data.tiles())
     assert list(found.unreadable) == ["images/c.png"]

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rsmtdf.data.dataset import Dataset
-from rsmtdf.data.splits import PARTS, Splits, labelled_tiles, make_splits, select_tiles, summary
+from rsmtdf.data.labelled import labelled_tiles
+from rsmtdf.data.splits import PARTS, Splits, make_splits, select_tiles, summary
 from rsmtdf.errors import ConfigError, DatasetError
 from rsmtdf.specs import SplitSpec, Tile
 

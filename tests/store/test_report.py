@@ -28,7 +28,7 @@ def test_complete_seeds_are_one_line(kit, path):
     ]
 
 
-def test_seeds_that_are_begun_stand_alone(kit, path):
+def test_seeds_that_are_begun_stand_alone(kit, path, withdraw):
     store = kit.create(path)
     store.extend([kit.weak(4, seeds=5)])
     kit.add_teacher(store)
@@ -40,7 +40,7 @@ def test_seeds_that_are_begun_stand_alone(kit, path):
         ("weak", 1, 1, 4, {"t": (3, 1, 4), "u": (0, 0, 4)}),
         ("weak", 2, 4, 12, {"t": (0, 0, 12), "u": (0, 0, 12)}),
     ]
-    store.withdraw(0, "u")
+    withdraw(store, 0, "u")
     kit.write(store, 2, ["t"], skipped=[8])
     kit.write(store, 3, ["t"])
     assert [line[1:3] for line in lines(store)] == [(0, 3), (4, 4)]
@@ -85,12 +85,12 @@ def test_info_is_json_and_sizes_add_up(kit, path):
     }  # fmt: skip
 
 
-def test_sealed(kit, path):
+def test_sealed(kit, path, withdraw):
     store = kit.full(path)
     assert store.info()["sealed"] is False
     store.seal()
     assert store.info()["sealed"] is True
-    store.withdraw(0, "t")
+    withdraw(store, 0, "t")
     assert store.info()["sealed"] is False
     assert kit.create(path.with_name("empty.zarr")).info()["sealed"] is False
 

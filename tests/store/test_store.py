@@ -247,7 +247,6 @@ class TestGrowth:
         kit.write(store, 1, ["t"])
         assert store.missing_shards(["t"]) == [0, 2]
         assert store.missing_shards(["u", "t"]) == [0, 1, 2]
-        assert store.missing_teachers(["u", "t"]) == {0: ["u", "t"], 1: ["u"], 2: ["u", "t"]}
         assert store.pending_rows(["t"]).tolist() == [0, 1, 2, 3, 8, 9]
         assert store.pending_views(["t"]) == 6
         kit.fill(store, ["t", "u"])
@@ -401,14 +400,6 @@ class TestWriting:
                 kit.write(other, 1)
             kit.write(other, 2)
         kit.write(other, 1)
-        check_features(kit, store)
-
-    def test_withdrawn_shards_are_missing(self, kit, path):
-        store = kit.full(path)
-        store.seal()
-        store.withdraw(1, "t")
-        assert FeatureStore.open(path).missing_shards(["t"]) == [1]
-        assert kit.fill(store) == [1]
         check_features(kit, store)
 
     def test_partials_of_the_dead_go_those_of_the_living_stay(self, kit, path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import zlib
@@ -162,7 +163,7 @@ def test_unfinished_shards_are_finished(kit, path, other):
     assert kept.items() <= files(path / "teachers/t/features").items()
 
 
-def test_a_shard_of_which_both_have_a_part(kit, path, other):
+def test_a_shard_of_which_both_have_a_part(kit, path, other, withdraw):
     """A's own views stay, B's come in, what neither has stays to be done, what neither could read stays skipped."""
     segments = [kit.weak(2, seeds=4)]
     store = make(kit, path, segments, filled=False)
@@ -170,7 +171,7 @@ def test_a_shard_of_which_both_have_a_part(kit, path, other):
     fill(store, skipped=[names[1], names[2]], shards=[0])
     theirs = make(kit, other, [kit.weak(2, seeds=2)], filled=False)
     fill(theirs, skipped=[names[2], names[3]])
-    store.withdraw(1, "t")
+    withdraw(store, 1, "t")
     report = run(path, other)
     store = check(kit, path)
     assert report.views == {"t": 1}
@@ -246,6 +247,11 @@ def test_a_recoded_sibling_needs_recode(kit, path, other, tmp_path):
     assert report.recoded == ["t"]
     assert report.bytes == 11 * FeatureStore.open(path).teacher("t").bytes_per_view
     assert check(kit, path).info()["complete"]
+    notes = {f.stem: json.loads(f.read_text()) for f in path.glob("provenance/t/*.json")}
+    assert {shard for shard, note in notes.items() if note.get("recoded_from") == "fp16"} == {
+        shard for shard, note in notes.items() if note.get("merged")
+    }
+    assert any(note.get("merged") for note in notes.values())
     # Recoding first is the same as recoding on the way.
     recode(other, tmp_path / "r.zarr", codec="int8", stop=StopFlag())
     assert run(path, tmp_path / "r.zarr").views == {}

@@ -179,12 +179,12 @@ def test_the_seed_can_be_cached_again(kit, path):
     check(kit, path)
 
 
-def test_a_shard_in_which_a_seed_was_removed_can_be_filled(kit, path):
+def test_a_shard_in_which_a_seed_was_removed_can_be_filled(kit, path, withdraw):
     two_teachers(kit, path)
     rm(path, seed=1, stream="weak")
     store = FeatureStore.open(path, writable=True)
-    store.withdraw(0, "t")
-    store.withdraw(1, "t")
+    withdraw(store, 0, "t")
+    withdraw(store, 1, "t")
     assert store.pending_rows(["t"]).tolist() == [0, 1, 2, 6, 7]
     kit.fill(store, ["t"])
     check(kit, path)

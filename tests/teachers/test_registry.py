@@ -137,3 +137,12 @@ def test_fetch_returns_a_local_file_as_it_is(tmp_path: Path) -> None:
         fetch(dataclasses.replace(source, weights="random"))
     with pytest.raises(TeacherError, match="should read hf:owner/repo/file"):
         fetch(dataclasses.replace(source, weights="hf:owner"))
+
+
+def test_a_teacher_is_compiled_where_its_source_says_so() -> None:
+    tiny = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    entry = {"name": "t", "library": "timm", "model": "vit_tiny_patch16_224", "weights": "random", "overrides": tiny}
+    for wanted in (False, True):
+        source = resolve_source({**entry, "compile": wanted})
+        teacher = build_teacher(source, student_grid=(3, 3), device=torch.device("cpu"))
+        assert teacher.is_compiled == wanted

@@ -262,3 +262,26 @@ def test_features_that_are_not_finite_are_an_error() -> None:
         teacher.features(x)
     with pytest.raises(TeacherError, match=r"takes images \[b, 3, 56, 56\], got \[3, 3, 50, 56\]"):
         teacher.features(x[:, :, :50])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_model_runs_in_its_dtype_without_gradients_and_with_fused_attention(dtype: str) -> None:
+    teacher = build(replace(DINOV2, compute_dtype=dtype))
+    (block, *_) = teacher.module.blocks
+    seen = []
+    block.attn.qkv.register_forward_hook(
+        lambda module, given, out: seen.append((out.dtype, torch.is_inference_mode_enabled()))
+    )
+    assert teacher(pixels(1, 56, 56)).dtype == torch.float32
+    assert seen == [(getattr(torch, dtype), True)]
+    assert all(b.attn.fused_attn for b in teacher.module.blocks), "scaled_dot_product_attention"
+
+
+def test_a_compiled_teacher_is_the_same_teacher() -> None:
+    """The backend `eager` compiles nothing, so the bits are the same too; others may round in another order."""
+    plain, compiled = build(DINOV2), build(DINOV2)
+    compiled.compile(backend="eager")
+    assert (plain.is_compiled, compiled.is_compiled) == (False, True)
+    assert compiled.spec == plain.spec
+    for b in (2, 1):
+        assert torch.equal(compiled(pixels(b, 56, 56)), plain(pixels(b, 56, 56)))

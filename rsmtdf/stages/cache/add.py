@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from rsmtdf.errors import DatasetError
 from rsmtdf.keyed import Draws
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
+from rsmtdf.stages.cache.size import FIXED_BATCH
 from rsmtdf.stages.cache.transfer import device_of, pixels_of
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.store import FeatureStore
@@ -36,7 +38,7 @@ def add_teachers(
     teachers: Mapping[str, Teacher],
     maker: ViewMaker,
     codec: str,
-    batch: int,
+    batch: Literal["auto"] | int,
     stop: StopFlag,
     siblings: Mapping[str, StoredTeacher] | None = None,
 ) -> None:
@@ -49,6 +51,8 @@ def add_teachers(
         StoreMismatch: the store's teacher of that name differs (each field, expected and found).
         DatasetError: not one tile of the sample can be read.
     """
+    # Sums over other batches have other last bits: so where it is open, it is the same for every store.
+    size = FIXED_BATCH if batch == "auto" else batch
     with store.locked():
         store.refresh()
         for name, teacher in teachers.items():
@@ -57,7 +61,7 @@ def add_teachers(
             if name in store.teachers:
                 store.expect_teacher(teacher.spec, codec, rule=rule)
                 continue
-            statistics = sibling or _measure(store, name, teacher, maker=maker, batch=batch, stop=stop)
+            statistics = sibling or _measure(store, name, teacher, maker=maker, batch=size, stop=stop)
             store.add_teacher(teacher.spec, codec=codec, statistics=statistics, rule=rule)
 
 

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from rsmtdf.errors import StoreError
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
 from rsmtdf.stages.cache.report import CacheReport
+from rsmtdf.stages.cache.size import choose_batch
 from rsmtdf.stages.cache.supply import Batch, Finished, batches, made_views, run_ahead, threads
 from rsmtdf.stages.cache.teach import Harvest, Lesson, Shown
 from rsmtdf.stages.cache.trace import Trace
@@ -49,7 +51,7 @@ def fill_store(
     *,
     teachers: Mapping[str, Teacher],
     maker: ViewMaker,
-    batch: int,
+    batch: Literal["auto"] | int,
     workers: int,
     stop: StopFlag,
     shards: Sequence[int] | None = None,
@@ -85,7 +87,7 @@ def fill_shards(
     *,
     teachers: Mapping[str, Teacher],
     maker: ViewMaker,
-    batch: int,
+    batch: Literal["auto"] | int,
     workers: int,
     stop: StopFlag,
     shards: Sequence[int],
@@ -102,7 +104,7 @@ def fill_shards(
         store: open for writing; it has the teachers.
         teachers: name -> teacher.
         maker: of the store's views.
-        batch: views shown to a teacher at a time.
+        batch: views shown to a teacher at a time; auto: see `choose_batch`, which whoever calls often does once.
         workers: threads that make views.
         stop: ends the work after the shard in the writer's hands.
         shards: where to look.
@@ -120,6 +122,9 @@ def fill_shards(
     report = CacheReport()
     trace = Trace(report.busy)
     names = list(teachers)
+    device_turn = contextlib.nullcontext() if turn is None else turn
+    with device_turn:
+        size = choose_batch(batch, teachers, crop_px=store.recipe.crop_px)
     with threads(workers, "views") as pool:
         states = read_states(store, names, set(shards))
         skipped = [row for of in states.values() for row in of.skipped]
@@ -130,14 +135,14 @@ def fill_shards(
             # Read again now that the shards are ours: another process may have finished some in between.
             work = plan_work(read_states(store, names, wanted), mendable)
             keeping = store.pixels is not None
-            views = made_views(work, maker, pool, ahead=2 * (batch + workers), trace=trace, keeping=keeping)
+            views = made_views(work, maker, pool, ahead=2 * (size + workers), trace=trace, keeping=keeping)
             lesson = Lesson(
                 store,
                 teachers,
-                batch=batch,
+                batch=size,
                 stop=stop,
                 trace=trace,
-                turn=contextlib.nullcontext() if turn is None else turn,
+                turn=device_turn,
             )
             with ShardWriter(
                 store,
@@ -148,7 +153,7 @@ def fill_shards(
                 facts=lambda: {"batch": lesson.batch},
             ) as writer:
                 try:
-                    _compute(lesson, batches(views, batch=batch, keep_going=keep_going), writer, trace)
+                    _compute(lesson, batches(views, batch=size, keep_going=keep_going), writer, trace)
                 except StoreError as error:
                     if not _is_disk_full(error):
                         raise

@@ -141,5 +141,6 @@ class ShardWriter:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": {name: str(device_of(self._teachers[name])) for name in names},
+            "compiled": [name for name in names if getattr(self._teachers[name], "is_compiled", False)],
             **self._facts(),
         }

@@ -9,7 +9,7 @@ from rsmtdf.stages.plan.measure import Clock, measure_pace, now
 from rsmtdf.stages.plan.pace import Cost, Estimate, Pace, TrainingPace
 from rsmtdf.stages.plan.plan import Outlook, Plan, make_plan
 from rsmtdf.stages.plan.sample import Sample, draw_sample
-from rsmtdf.stages.plan.text import plan_text, size_text, time_text
+from rsmtdf.stages.plan.text import count_text, plan_text, size_text, time_text
 
 __all__ = [
     "Amounts",
@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "Sample",
     "TrainingPace",
+    "count_text",
     "draw_sample",
     "make_plan",
     "measure_pace",
