@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def test_a_plan_is_within_a_fifth_of_what_the_teachers_then_take(tiny: Any) -> N
     assert more == pytest.approx(paid, rel=0.2)
 
 
-def test_a_plan_for_one_more_teacher_prices_that_one(tiny: Any) -> None:
+def test_a_plan_for_one_more_teacher_prices_that_one(tiny: Any, withdraw: Callable[..., None]) -> None:
     """The store has both; one is withdrawn from its first shard."""
-    FeatureStore.open(tiny.store, writable=True).withdraw(0, "coarse")
+    withdraw(FeatureStore.open(tiny.store, writable=True), 0, "coarse")
     planned, taken = planned_and_taken(job_of(tiny))
     assert taken == pytest.approx(20 * 0.04)
     assert planned == pytest.approx(taken, rel=0.2)
@@ -127,7 +128,7 @@ def test_a_plan_leaves_nothing_behind(tiny: Any, command: Any) -> None:
     assert result["training"]["step_seconds"] > 0
     assert result["training"]["peak_bytes"] > 10**6
     assert set(result["codec_bytes"]) == {"fp16", "int8", "int4"}
-    assert result["outlook"]["runs_to_break_even"] > 0
+    assert result["outlook"]["read_bytes_per_second"] > 0
 
 
 def test_without_calibration_no_time_is_guessed(tiny: Any, command: Any) -> None:
