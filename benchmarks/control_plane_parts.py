@@ -63,7 +63,7 @@ class FakeMaker(ViewMaker):
         return View(pixels, np.ones((2, 2), bool))
 
 
-def prepare(path: Path, views: int) -> None:
+def prepare(path: Path | str, views: int) -> None:
     """A store with `views` views of `views / SEEDS` tiles, and nothing computed."""
     store = FeatureStore.create(path, recipe=ViewRecipe(crop_px=14), dataset=DATASET, data_root="images", experiment={})
     pool = [f"scene{k // 1000:05d}/{k % 1000 // 32}_{k % 32}" for k in range(views // SEEDS)]

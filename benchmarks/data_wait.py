@@ -8,7 +8,8 @@ rows come from the sampler, views and features are made ahead as `rsmtdf train` 
 leaves all cores to the data: true of a step on a GPU, not of one on the CPU. The files are in the page cache. Without
 a GPU features are decoded on the CPU, which is most of their cost here.
 
-Three rows: views taken as given (features read, verified and decoded); features taken as given; both.
+Three rows: views taken as given (features read, verified and decoded); features taken as given; both. With
+--store-pixels two more, for which views are read from the store instead of made: without and with features.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from rsmtdf.config import parse_experiment
 from rsmtdf.data.loveda import LOVEDA
 from rsmtdf.data.synthetic import write_world
 from rsmtdf.learning.sampler import Schedule
+from rsmtdf.signals import StopFlag
 from rsmtdf.specs import to_dict
 from rsmtdf.stages import cache as stage
 from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.pixel_reader import PixelReader
 from rsmtdf.store.queries import strong_pairs, weak_rows
 from rsmtdf.store.statistics import ChannelStatistics
 from rsmtdf.store.status import crc_of
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--codec", default="int8")
     parser.add_argument("--device", default="cpu", help="where targets are decoded")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that make views")
+    parser.add_argument("--store-pixels", action="store_true", help="also with views that are read from the store")
     parser.add_argument("--threads", type=int, default=None, help="threads that read features (train.feature_threads)")
     arguments = parser.parse_args()
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
@@ -76,8 +80,12 @@ def main() -> None:
             f"{arguments.codec}, {arguments.steps} steps of {arguments.step_ms:g} ms; goal: waits of {GOAL:.0%} or less"
         )
         print(f"{'':<24}{'share':>8}{'wait ms a step':>18}{'CPU ms a step':>16}")
-        for name, views, features in (("features", False, True), ("views", True, False), ("both", True, True)):
-            waited, passed, cpu = _run(data, arguments, views=views, features=features)
+        rows = [("features", False, True, False), ("views", True, False, False), ("both", True, True, False)]
+        if arguments.store_pixels:
+            _store_pixels(data, arguments.workers)
+            rows += [("stored views", True, False, True), ("both, views stored", True, True, True)]
+        for name, views, features, stored in rows:
+            waited, passed, cpu = _run(data, arguments, views=views, features=features, stored=stored)
             n = arguments.steps
             print(f"{name:<24}{waited / passed:>8.1%}{1e3 * waited / n:>18.1f}{1e3 * cpu / n:>16.1f}", flush=True)
     cores = os.cpu_count() or 1
@@ -130,14 +138,25 @@ def _data(folder: Path, codec: str) -> Data:
     return Data(store, maker, schedule)
 
 
-def _run(data: Data, arguments: argparse.Namespace, *, views: bool, features: bool) -> tuple[float, float, float]:
+def _store_pixels(data: Data, workers: int) -> None:
+    """Stores the pixels of all views and says what that took."""
+    data.store.add_pixels()
+    report = stage.store_pixels(data.store, maker=data.maker, workers=workers, stop=StopFlag())
+    rate = report.views / report.seconds
+    print(f"pixels of {report.views:,} views stored: {report.bytes_written / 1e6:,.0f} MB, {rate:.0f} views/s")
+
+
+def _run(
+    data: Data, arguments: argparse.Namespace, *, views: bool, features: bool, stored: bool
+) -> tuple[float, float, float]:
     """Seconds waited, passed, and of CPU, over the steps that count."""
     micro, steps = arguments.micro_batch, WARM_UP + arguments.steps
     per_step = BATCH // micro
     ahead = max(2, per_step)
     crcs = crc_of(data.store.view_status())
     check = PixelCheck(crcs, strict=True, where="the store")
-    batches = BatchMaker(maker=data.maker, check=check, workers=arguments.workers, ahead=ahead)
+    kept = PixelReader(data.store) if stored else None
+    batches = BatchMaker(maker=data.maker, check=check, workers=arguments.workers, ahead=ahead, kept=kept)
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for step in range(steps):
@@ -162,6 +181,8 @@ def _run(data: Data, arguments: argparse.Namespace, *, views: bool, features: bo
             del held
         found = waited, time.perf_counter() - begun, time.process_time() - cpu
     batches.close()
+    if kept is not None:
+        kept.close()
     return found
 
 

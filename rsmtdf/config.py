@@ -64,8 +64,12 @@ class CacheConfig(Model):
     """Weak views per labelled tile; auto: clamp(20000 / labelled tiles, 64, 1000), at most what training can use."""
     plain: bool = False
     """Also the un-augmented view of every tile (for probes)."""
+    store_pixels: bool = False
+    """Also the views' pixels: training then neither decodes images nor augments them."""
     pool: Literal["train", "unlabelled"] = "train"
     """train: every training tile, so one cache serves all label sets; unlabelled: the paper's strict form."""
+    pool_tiles: int | None = Field(None, ge=1)
+    """Strong views of so many tiles of the pool, drawn by key (fewer are part of more); None: of all."""
     max_gb: float | None = Field(None, gt=0)
     """Of the store; None: half the free space."""
     batch: Literal["auto"] | int = "auto"
@@ -137,6 +141,8 @@ class TrainConfig(Model):
     """Threads that read cached features ahead; None: as many as cores, at most 4 (16 for object storage)."""
     shuffle_window: int | None = Field(None, ge=1)
     """For network disks: an epoch's pairs come from this many shards at a time; None: from all (a full shuffle)."""
+    stored_pixels: Literal["auto", "never"] = "auto"
+    """auto: views whose pixels the store keeps are read from there; the batches are the same either way."""
     pixel_mismatch: Literal["error", "warn"] = "error"
     """What to do with a view whose pixels differ from those the teachers saw."""
     seed: int = 0

@@ -62,8 +62,10 @@ def test_public_names():
         "StoreNotFound",
         "StoreIncomplete",
         "StoreMismatch",
+        "StoreBusy",
         "StoreCorrupt",
         "TeacherError",
         "CheckpointError",
         "TrainingError",
+        "WorkerError",
     }

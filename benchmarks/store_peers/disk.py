@@ -17,6 +17,7 @@ from store_peers.ways import WAYS
 
 COLD = (
     "raw pread (limit)",
+    "pread + crc32c (limit)",
     "rsmtdf, verified",
     "npy memmap",
     ".npy per view",

@@ -24,6 +24,7 @@ WORKERS = 2
 IN_PROCESS = (
     "memcpy (limit)",
     "raw pread (limit)",
+    "pread + crc32c (limit)",
     "rsmtdf, verified",
     "rsmtdf, verified, 2 threads",
     "rsmtdf, unverified",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import h5py
 import numpy as np
 import safetensors.numpy
@@ -77,20 +78,26 @@ def _memory(folder: Path, views: Views) -> Iterator[Reads]:
     yield _one_by_one(one)
 
 
-@contextlib.contextmanager
-def _pread(folder: Path, views: Views) -> Iterator[Reads]:
-    files = {name: os.open(folder / f"{name}.bin", os.O_RDONLY) for name in views.names}
+def _pread(*, crc: bool) -> Callable[[Path, Views], AbstractContextManager[Reads]]:
+    @contextlib.contextmanager
+    def opened(folder: Path, views: Views) -> Iterator[Reads]:
+        files = {name: os.open(folder / f"{name}.bin", os.O_RDONLY) for name in views.names}
 
-    def one(row: int, out: Arrays) -> Arrays:
-        for name, values in out.items():
-            os.preadv(files[name], [values.reshape(-1).view(np.uint8)], row * values.nbytes)
-        return out
+        def one(row: int, out: Arrays) -> Arrays:
+            for name, values in out.items():
+                memory = values.reshape(-1).view(np.uint8)
+                os.preadv(files[name], [memory], row * values.nbytes)
+                if crc:
+                    google_crc32c.extend(0, memory)
+            return out
 
-    try:
-        yield _one_by_one(one)
-    finally:
-        for fd in files.values():
-            os.close(fd)
+        try:
+            yield _one_by_one(one)
+        finally:
+            for fd in files.values():
+                os.close(fd)
+
+    return opened
 
 
 def _ours(*, verify: bool = True, threads: int = 1) -> Callable[[Path, Views], AbstractContextManager[Reads]]:
@@ -243,7 +250,8 @@ WAYS: dict[str, Way] = {
     w.name: w
     for w in (
         Way(name="memcpy (limit)", format="raw file", open=_memory),
-        Way(name="raw pread (limit)", format="raw file", open=_pread),
+        Way(name="raw pread (limit)", format="raw file", open=_pread(crc=False)),
+        Way(name="pread + crc32c (limit)", format="raw file", open=_pread(crc=True)),
         Way(name="rsmtdf, verified", format="rsmtdf", open=_ours()),
         Way(
             name="rsmtdf, verified, 2 threads",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rsmtdf.cli.amounts import count_text, size_text, time_text
+from rsmtdf.cli.pixels import pixels_text
 
 SHOWN = 20
 """Unreadable tiles that the summary names."""
@@ -24,6 +25,8 @@ def summary_text(result: Mapping[str, Any]) -> str:
         lines.append("cached     nothing: every view is there, but those of unreadable tiles")
     else:
         lines.append("cached     nothing to do: every view is there")
+    if "pixels" in result:
+        lines.append(pixels_text(result["pixels"]))
     if result["left_out_tiles"]:
         lines.append(f"left out   {count_text(result['left_out_tiles'], 'tile')} with too few valid pixels")
     unreadable = result["unreadable_tiles"]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rsmtdf.cli.pacing import pace_line
+from rsmtdf.cli.pixels import add_pixels_to
 from rsmtdf.cli.planning import CacheJob, student_grid
 from rsmtdf.cli.spreading import Scale, fill_over
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, held_out_record
 from rsmtdf.config import Experiment
-from rsmtdf.errors import DatasetError, StoreError, StoreNotFound
+from rsmtdf.errors import StoreError, StoreNotFound
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
@@ -46,14 +47,17 @@ def run_cache(
     the computing is spread over other processes, or is a piece of the whole, or is left to others.
     """
     if scale is not None:
-        store = _prepared_for_others(
+        store, maker = _prepared_for_others(
             job, device=device, stop=stop, say=say, stats_from=stats_from, as_it_is=scale.shard_range is not None
         )
         if scale.init:
             return preparation(store, job)
         experiment, root = job.workspace.experiment, job.workspace.dataset.root
         filled = fill_over(store, experiment, data_root=root, device=device, scale=scale, stop=stop, say=say)
-        return {**result_of(job, filled.report), **filled.facts}
+        result = {**result_of(job, filled.report), **filled.facts}
+        if store.pixels is not None and scale.shard_range is None:
+            add_pixels_to(result, store, maker, workers=experiment.cache.workers, stop=stop)
+        return result
     teachers = build_teachers(job, device=device, say=say)
     store, maker = prepare_store(job, teachers, stop=stop, stats_from=stats_from)
     cache = job.workspace.experiment.cache
@@ -67,7 +71,10 @@ def run_cache(
             stop=stop,
             progress=bar.advance,
         )
-    return result_of(job, report)
+    result = result_of(job, report)
+    if store.pixels is not None:
+        add_pixels_to(result, store, maker, workers=cache.workers, stop=stop)
+    return result
 
 
 def fill_piece(
@@ -111,37 +118,36 @@ def _prepared_for_others(
     say: Callable[[str], None],
     stats_from: Path | None,
     as_it_is: bool,
-) -> FeatureStore:
-    """The store of `job`, with all its views and teachers. No teacher is loaded where all are in it already."""
-    _require_one_readable(job.workspace)
+) -> tuple[FeatureStore, ViewMaker]:
+    """The store of `job`, with all its views and teachers, and the maker of its views. No teacher is loaded where the
+    store has all of them already.
+    """
     have = () if job.store is None else job.store.teachers
     teachers: Mapping[str, Teacher] = {}
     if any(name not in have for name in job.sources):
         teachers = build_teachers(job, device=device, say=say)
-    store, _ = prepare_store(job, teachers, stop=stop, stats_from=stats_from, as_it_is=as_it_is)
+    store, maker = prepare_store(job, teachers, stop=stop, stats_from=stats_from, as_it_is=as_it_is)
     del teachers
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the workers are to have the device
-    return store
+    return store, maker
 
 
 def build_teachers(job: CacheJob, *, device: str, say: Callable[[str], None]) -> dict[str, Teacher]:
-    """The job's teachers, on `device`. Writes nothing: images that do not open, a missing weights file or a teacher
-    that is another one than the store's must not leave a trace.
+    """The job's teachers, on `device`. Writes nothing: a missing weights file or a teacher that is another one than
+    the store's must not leave a trace.
 
     Raises:
-        DatasetError: not one tile of the pool can be read.
         TeacherError: weights cannot be had or do not fit.
         StoreMismatch: the store has another teacher of that name.
     """
     experiment = job.workspace.experiment
     torch_device = choose_device(device)
     grid = student_grid(experiment)
-    _require_one_readable(job.workspace)
     teachers: dict[str, Teacher] = {
         name: build_teacher(s, student_grid=grid, device=torch_device) for name, s in job.sources.items()
     }
-    say(f"teachers   {', '.join(teachers)} on {torch_device}, {_pace(teachers, experiment, job.plan.new_features)}")
+    say(f"teachers   {', '.join(teachers)} on {torch_device}, {pace_line(job, teachers)}")
     if job.store is not None:
         for name in sorted(set(teachers) & set(job.store.teachers)):
             job.store.expect_teacher(teachers[name].spec, experiment.cache.codec)
@@ -219,6 +225,8 @@ def _prepare(
         stop=stop,
         siblings=siblings,
     )
+    if experiment.cache.store_pixels:
+        store.add_pixels()
     _keep_record(store, job)
     return maker
 
@@ -254,19 +262,6 @@ def _summary(
     }
 
 
-def _require_one_readable(workspace: Workspace) -> None:
-    reason = ""
-    for tile in workspace.pool:
-        try:
-            workspace.dataset.read_image(workspace.tiles[tile])
-        except DatasetError as error:
-            reason = reason or str(error)
-        else:
-            return
-    if reason:
-        raise DatasetError(f"none of the {len(workspace.pool)} tiles can be read: {reason}")
-
-
 def _record(job: CacheJob) -> dict[str, Any]:
     """The experiment for the store to keep."""
     workspace = job.workspace
@@ -294,22 +289,3 @@ def _keep_record(store: FeatureStore, job: CacheJob) -> None:
 def _all_tiles(workspace: Workspace) -> dict[str, Any]:
     """Also tiles outside this experiment's lists: a store may hold views of more than one label set."""
     return {t.id: t for t in workspace.dataset.tiles()}
-
-
-def _pace(teachers: Mapping[str, Teacher], experiment: Experiment, views: Mapping[str, int]) -> str:
-    """A first estimate of the time, from one small batch of each teacher that has views to see, after a warm-up."""
-    if not any(views.values()):
-        return "nothing to compute"
-    side = experiment.views.crop_px
-    seconds = total = 0.0
-    for name, teacher in teachers.items():
-        if not views[name]:
-            continue
-        pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8, device=getattr(teacher, "device", "cpu"))
-        teacher(pixels).sum().item()
-        begun = time.perf_counter()
-        teacher(pixels).sum().item()
-        per_view = (time.perf_counter() - begun) / 2
-        seconds += per_view
-        total += per_view * views[name]
-    return f"about {seconds * 1000:.0f} ms a view: {total / 60:.0f} min" if total > 90 else f"about {total:.0f} s"

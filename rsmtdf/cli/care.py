@@ -70,7 +70,8 @@ def repair_store(
         else:
 
             def before(found: VerifyReport) -> None:
-                if not withdraw_only and not (found.is_sound and found.is_complete):
+                pixels = found.pixels is None or found.pixels.is_complete
+                if not withdraw_only and not (found.is_sound and found.is_complete and pixels):
                     _require_means(path, means)
 
             report = repair(path, stop=stop, progress=bar.update_to, before=before)
@@ -79,6 +80,8 @@ def repair_store(
     lines = _found_text(found)
     lines += _several("repaired", report.repaired)
     lines += [f"withdrawn  teacher {name}: {len(rows):,} views" for name, rows in report.withdrawn.items()]
+    if report.withdrawn_pixels:
+        lines.append(f"withdrawn  stored pixels: {len(report.withdrawn_pixels):,} views")
     lines += _several("NOT REPAIRED", [d.text() for d in report.not_repaired])
     if report.not_repaired:
         lines.append(
@@ -89,18 +92,24 @@ def repair_store(
         result["failed"] = not found.is_sound
         if dry_run:
             lines += _plan_text(path, found)
-        elif report.withdrawn:
+        elif report.withdrawn or report.withdrawn_pixels:
             lines.append(f"next       rsmtdf cache repair {path}, which computes what was withdrawn")
     else:
-        from rsmtdf.cli.recompute import compute
+        from rsmtdf.cli.recompute import compute, make_pixels
 
         try:
-            computed, missing = compute(FeatureStore.open(path, writable=True), means, stop)
+            store = FeatureStore.open(path, writable=True)
+            computed, missing = compute(store, means, stop)
+            pixels_made, without_pixels = make_pixels(store, means, stop)
+            missing = without_pixels | missing
         except RsmtdfError:
             say("\n".join(lines))  # what was found and done must not be lost with what could not be
             raise
         result |= {"computed": dict(computed.features), "missing": missing, "failed": bool(missing)}
+        result["pixels_stored"] = pixels_made
         lines += [f"computed   teacher {name}: {n:,} views" for name, n in computed.features.items()]
+        if pixels_made:
+            lines.append(f"stored     pixels of {pixels_made:,} views")
         lines += _several("missing", [f"view {view}: {why}" for view, why in missing.items()])
         lines.append(
             f"{len(missing):,} views stay missing; once their images are as they were, repair the store again"
@@ -130,12 +139,14 @@ def _found_text(report: VerifyReport) -> list[str]:
     size, rate = report.bytes_read / 1e9, report.bytes_read / max(report.seconds, 1e-9) / 1e9
     lines = [
         f"store      {report.store}: {state}, {whole}",
-        f"read       {size:.2f} GB of features in {report.seconds:.1f} s ({rate:.2f} GB/s, {report.threads} threads)",
+        f"read       {size:.2f} GB in {report.seconds:.1f} s ({rate:.2f} GB/s, {report.threads} threads)",
     ]
-    for name, t in report.teachers.items():
+    parts = [(f"teacher    {name}", t) for name, t in report.teachers.items()]
+    parts += [] if report.pixels is None else [("pixels     stored", report.pixels)]
+    for what, t in parts:
         missing = t.total - t.done - t.skipped
         lines.append(
-            f"teacher    {name}: {t.checked:,} views checked, {t.done:,} of {t.total:,} done"
+            f"{what}: {t.checked:,} views checked, {t.done:,} of {t.total:,} done"
             + (f", {t.skipped:,} skipped" if t.skipped else "")
             + (f", {missing:,} to do" if missing else "")
         )
@@ -151,6 +162,10 @@ def _plan_text(path: StorePath, found: VerifyReport) -> list[str]:
         damaged = sum(d.kind == "features" and d.teacher == name for d in found.damage)
         if n := damaged + t.total - t.done:
             lines.append(f"would do   teacher {name}: compute {n:,} views")
+    if (kept := found.pixels) is not None:
+        damaged = sum(d.kind == "pixels" and d.row is not None for d in found.damage)
+        if n := damaged + kept.total - kept.done - kept.skipped:
+            lines.append(f"would do   store the pixels of {n:,} views")
     if any(d.kind in {"manifest", "teacher"} for d in found.damage):
         lines.append("would do   check again what could not be looked at without these files, and repair that too")
     return lines or ["would do   nothing"]
@@ -192,7 +207,8 @@ def _by_file(damage: Sequence[Damage]) -> list[str]:
         rows = [d.row for d in some if d.row is not None]
         if len(rows) > FEW:
             span = f"{len(rows):,} views (rows {min(rows)} to {max(rows)})"
-            lines.append(f"teacher {some[0].teacher!r}, {span}, file {file}: {what}")
+            what_of = "stored pixels" if some[0].teacher is None else f"teacher {some[0].teacher!r}"
+            lines.append(f"{what_of}, {span}, file {file}: {what}")
         else:
             lines += [d.text() for d in some]
     return lines

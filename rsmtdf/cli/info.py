@@ -43,9 +43,17 @@ def store_info(path: StorePath) -> tuple[dict[str, Any], str]:
     lines += ["", *_seed_table(info), "", *_teacher_table(info)]
     for name, teacher in info["teachers"].items():
         lines += _statistics_lines(name, teacher)
+    if (pixels := info["pixels"]) is not None:
+        lines += ["", _pixels_line(pixels, info["views"])]
     if not info["complete"]:
         lines += ["", f"next       {_finish(info)}"]
     return info, "\n".join(lines)
+
+
+def _pixels_line(pixels: Mapping[str, Any], views: int) -> str:
+    size = "" if pixels["bytes"] is None else f" ({_size(pixels['bytes'])})"
+    more = "" if pixels["complete"] else "; rsmtdf cache-features --store-pixels stores the rest"
+    return f"pixels     of {pixels['done']:,} of {views:,} views are stored{size}{more}"
 
 
 def draw_features(path: StorePath, png: Path, *, views: int, root: Path | None) -> str:

@@ -65,3 +65,13 @@ ShardRange = Annotated[
 Init = Annotated[
     bool, typer.Option("--init", help="Prepare the store (views, statistics) for others to fill; compute nothing.")
 ]
+Workers = Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")]
+PoolTiles = Annotated[
+    int | None, typer.Option("--pool", metavar="N", help="Strong views of N tiles only, drawn by key; default all.")
+]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate/--no-calibrate", help="Measure times on the device; without, they are left out.")
+]
+StorePixels = Annotated[
+    bool, typer.Option("--store-pixels", help="Keep the views' pixels too: training then decodes no image.")
+]

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from rsmtdf.cli.care import Means
+from rsmtdf.cli.pixels import fill_pixels
 from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, data_root, source_from_record
@@ -68,6 +69,18 @@ def compute(store: FeatureStore, means: Means, stop: StopFlag) -> tuple[CacheRep
             keep_going=True,
         )
     return report, _missing(store, maker, _lacking(store), report)
+
+
+def make_pixels(store: FeatureStore, means: Means, stop: StopFlag) -> tuple[int, dict[str, str]]:
+    """Stores the pixels that a store which keeps them lacks; how many views, and those that stay missing and why."""
+    if store.pixels is None or not len(store.pending_pixels()):
+        return 0, {}
+    experiment, dataset = images_of(store, means)
+    maker = cache_stage.view_maker(store, reader=dataset, tiles=tiles_of(store, dataset))
+    workers = means.workers or experiment.cache.workers
+    report = fill_pixels(store, maker, workers=workers, stop=stop, keep_going=True)
+    found = CacheReport(unreadable=report.unreadable, changed=report.changed)
+    return report.views, _missing(store, maker, {"": store.pending_pixels()}, found)
 
 
 def _lacking(store: FeatureStore) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import time
@@ -25,6 +26,8 @@ from rsmtdf.stages import cache as stage
 from rsmtdf.stages.scaleout import Crew, Tally, clusters, piece, process_crew, spread
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
+
+log = logging.getLogger(__name__)
 
 
 class Cluster(Model):
@@ -83,6 +86,7 @@ def scale_of(
 
     Raises:
         ConfigError: they contradict each other, or one is not what it should be.
+        WorkerError: no scheduler answers.
     """
     if not (devices or processes is not None or scheduler or shard_range or init):
         return None
@@ -94,7 +98,7 @@ def scale_of(
         raise ConfigError(f"--processes {processes}: at least 1 is needed")
     if init and (devices or processes is not None or scheduler or shard_range):
         raise ConfigError("--init prepares the store and computes nothing; give the other options to the runs after it")
-    return Scale(
+    found = Scale(
         devices=_devices(devices) if devices else (),
         processes=processes,
         scheduler=scheduler,
@@ -102,6 +106,10 @@ def scale_of(
         shard_range=_range(shard_range) if shard_range else None,
         init=init,
     )
+    if found.cluster is not None or scheduler not in (None, "local"):
+        # Now, and not after minutes of reading images and measuring statistics.
+        clusters.require(found.cluster.kind if found.cluster is not None else str(scheduler))
+    return found
 
 
 def fill_over(
@@ -169,8 +177,9 @@ def _shards(store: FeatureStore, names: Sequence[str], scale: Scale) -> tuple[li
     """The shards to look into, and the views that they may lack."""
     if scale.shard_range is None:
         store.clean_partials()
+        # Read once: before shards are sealed, their status words are a file each.
         rows = store.pending_rows(names, retry_skipped=True)
-        return np.unique(rows // store.shard_views).tolist(), store.pending_views(names)
+        return np.unique(rows // store.shard_views).tolist(), len(rows)
     index, pieces = scale.shard_range
     # Of all shards, not of those missing: so the pieces are the same whenever each of them starts.
     mine = list(piece(store.n_shards, index=index, pieces=pieces))
@@ -185,7 +194,7 @@ def _fill_here(order: Order, shards: Sequence[int], *, device: str, stop: StopFl
             desk.store,
             teachers=desk.teachers,
             maker=desk.maker,
-            batch=cache.batch,
+            batch=desk.batch,
             workers=cache.workers,
             stop=stop,
             shards=shards,
@@ -199,6 +208,9 @@ def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag,
     workers: dict[str, list[float]] = {}
 
     def take(outcome: TaskReport) -> None:
+        for row in outcome.report.ledger:
+            log.debug("shard %d: %d views, %d bytes, by %s", row.shard, row.views, row.bytes_written, outcome.worker)
+        outcome.report.ledger.clear()  # or this process would grow with the store
         report.add(outcome.report)
         done = workers.setdefault(outcome.worker, [0, 0.0])
         done[0] += outcome.report.views
@@ -206,6 +218,7 @@ def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag,
         bar.advance(outcome.report.views, report.bytes_written)
 
     tally = spread(shards, work=functools.partial(fill_task, order), crew=crew, stop=stop, on_done=take)
+    report.devices = max(len(workers), 1)
     return Filled(report, {"spread": _spread_facts(crew, tally, workers)})
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rsmtdf.cli.options import (
+    Calibrate,
     Codec,
     ConfigFile,
     DatasetName,
@@ -19,6 +20,7 @@ from rsmtdf.cli.options import (
     Json,
     Labels,
     MaxGb,
+    PoolTiles,
     Precision,
     Processes,
     Root,
@@ -27,8 +29,10 @@ from rsmtdf.cli.options import (
     Set,
     ShardRange,
     StoreOut,
+    StorePixels,
     TeacherNames,
     WeakViews,
+    Workers,
 )
 from rsmtdf.cli.terminal import say, show
 from rsmtdf.errors import StoreNotFound
@@ -47,14 +51,26 @@ def plan(
     codec: Codec = None,
     precision: Precision = None,
     max_gb: MaxGb = None,
+    pool: PoolTiles = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    calibrate: Calibrate = True,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """What cache-features would make and cost: views, gigabytes, files, break-even. Writes nothing."""
-    from rsmtdf.cli.planning import plan_cache
+    """What cache-features would make and cost: views, gigabytes, files, hours, break-even. Leaves nothing behind.
 
-    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, set_)
+    Times come from a few seconds of work on real tiles; teachers get random weights for it, so nothing is downloaded.
+    """
+    from rsmtdf.cli.pacing import calibrated
+    from rsmtdf.cli.planning import plan_cache, require_runnable
+
+    more = _settings(set_, **{"cache.pool_tiles": pool, "cache.workers": workers})
+    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, more)
     job = plan_cache(source, root=where, out=out)
+    require_runnable(job)
+    if calibrate:
+        job = calibrated(job, device=device, say=say)
     show(job.plan.as_dict(), as_json=as_json, text=job.text())
 
 
@@ -70,13 +86,19 @@ def cache_features(
     codec: Codec = None,
     precision: Precision = None,
     max_gb: MaxGb = None,
+    pool: PoolTiles = None,
+    store_pixels: StorePixels = False,
     device: Device = "auto",
     devices: Devices = None,
     processes: Processes = None,
     scheduler: Scheduler = None,
     shard_range: ShardRange = None,
     init: Init = False,
-    workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and make views.")] = None,
+    workers: Workers = None,
+    max_failures: Annotated[
+        int | None,
+        typer.Option("--max-failures", help="Unreadable tiles that are no failure (exit code 1); default 0."),
+    ] = None,
     stats_from: Annotated[
         Any,
         typer.Option(
@@ -86,7 +108,8 @@ def cache_features(
             help="Take channel statistics from this store: the two can be merged then.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, as rsmtdf plan does, and stop.")] = False,
+    calibrate: Calibrate = True,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -96,15 +119,15 @@ def cache_features(
     missing is computed. Example: rsmtdf cache-features --config mydata/rsmtdf.yaml --out feats.zarr
     """
     from rsmtdf.cli.caching import fill_piece, run_cache
-    from rsmtdf.cli.planning import plan_cache
+    from rsmtdf.cli.pacing import calibrated
+    from rsmtdf.cli.planning import plan_cache, require_runnable
     from rsmtdf.cli.spreading import scale_of
     from rsmtdf.signals import stop_flag
 
-    more = [] if workers is None else [f"cache.workers={workers}"]
+    given = {"cache.pool_tiles": pool, "cache.workers": workers, "cache.max_failures": max_failures}
+    more = [*_settings(set_, **given), *(["cache.store_pixels=true"] if store_pixels else [])]
     scale = scale_of(devices=devices, processes=processes, scheduler=scheduler, shard_range=shard_range, init=init)
-    source, where = _source(
-        dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, [*(set_ or []), *more]
-    )
+    source, where = _source(dataset, config, root, labels, seeds, weak_views, teacher, codec, precision, max_gb, more)
     if scale and scale.shard_range and not dry_run and (store := _prepared(out, source)):
         with stop_flag() as stop:
             _conclude(
@@ -112,6 +135,9 @@ def cache_features(
             )
         return
     job = plan_cache(source, root=where, out=out)
+    if dry_run:
+        require_runnable(job)
+        job = calibrated(job, device=device, say=say) if calibrate else job
     say(job.text())
     if dry_run:
         show(job.plan.as_dict(), as_json=as_json, text=f"nothing written; without --dry-run this fills {out}")
@@ -143,6 +169,11 @@ def _source(
     source = with_labels(load_source(dataset=dataset, config=config, overrides=overrides), labels)
     source = with_precision(Source(select_teachers(source.experiment, teacher), source.base), precision)
     return source, data_root(source, root=root)
+
+
+def _settings(set_: list[str] | None, **named: object) -> list[str]:
+    """The overrides of --set, and after them those of options that were given."""
+    return [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
 
 
 def _prepared(out: Any, source: Any) -> Any:

@@ -59,7 +59,14 @@ def merge_stores(
 
 
 def removal_plan(
-    path: StorePath, *, teacher: str | None, seed: int | None, stream: str, generation: int | None, dry_run: bool
+    path: StorePath,
+    *,
+    teacher: str | None,
+    pixels: bool = False,
+    seed: int | None,
+    stream: str,
+    generation: int | None,
+    dry_run: bool,
 ) -> tuple[dict[str, Any], str] | None:
     """What a removal would take away; None where it is gone already, and perhaps only its disk is not free yet.
 
@@ -67,27 +74,37 @@ def removal_plan(
         StoreIncomplete: likewise, for a dry run; or nothing on disk is left of such a teacher or seed either.
         ConfigError: neither or both of a teacher and a seed are asked for, or no such stream.
     """
-    if (teacher is None) == (seed is None):
-        raise ConfigError("give what to remove: either --teacher NAME or --seed N")
+    if (teacher is not None) + (seed is not None) + pixels != 1:
+        raise ConfigError("give what to remove: either --teacher NAME or --seed N, or --pixels")
     store, of = FeatureStore.open(path), _stream(stream)
     try:
-        plan = plan_removal(store, teacher=teacher, seed=seed, stream=of, generation=generation)
+        plan = plan_removal(store, teacher=teacher, pixels=pixels, seed=seed, stream=of, generation=generation)
     except StoreIncomplete:
-        if dry_run or not has_remains(store, teacher=teacher, seed=seed, stream=of, generation=generation):
+        if dry_run or not has_remains(
+            store, teacher=teacher, pixels=pixels, seed=seed, stream=of, generation=generation
+        ):
             raise
         return None
     runs = "runs that used its features" if teacher is not None else "runs that used these views"
+    after = "" if pixels else f"\n           {runs} cannot be resumed afterwards"
     text = (
-        f"remove     {plan.what} from {path}: {plan.views:,} views, about {plan.bytes / 1e9:.2f} GB; {plan.remaining}\n"
-        f"           {runs} cannot be resumed afterwards"
+        f"remove     {plan.what} from {path}: {plan.views:,} views, about {plan.bytes / 1e9:.2f} GB; {plan.remaining}"
+        f"{after}"
     )
     return plan.as_dict(), text
 
 
 def remove_from_store(
-    path: StorePath, *, teacher: str | None, seed: int | None, stream: str, generation: int | None, stop: StopFlag
+    path: StorePath,
+    *,
+    teacher: str | None,
+    pixels: bool = False,
+    seed: int | None,
+    stream: str,
+    generation: int | None,
+    stop: StopFlag,
 ) -> tuple[dict[str, Any], str]:
-    """A store without a teacher, or without the views of a seed."""
+    """A store without a teacher, without the views of a seed, or without the stored pixels."""
     record = None
     if teacher is not None:
         record = _with_teachers(FeatureStore.open(path).experiment, without=teacher)
@@ -95,6 +112,7 @@ def remove_from_store(
         report = remove(
             path,
             teacher=teacher,
+            pixels=pixels,
             seed=seed,
             stream=_stream(stream),
             generation=generation,

@@ -95,6 +95,7 @@ def cache_merge(
 def cache_rm(
     store: StoreIn,
     teacher: Annotated[str | None, typer.Option("--teacher", help="The teacher to remove.")] = None,
+    pixels: Annotated[bool, typer.Option("--pixels", help="Remove the stored pixels; features stay.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="The augmentation seed to remove.")] = None,
     stream: Annotated[str, typer.Option("--stream", help="Of the seed: strong, weak or plain.")] = "strong",
     generation: Annotated[int | None, typer.Option("--generation", help="Only this generation of the seed.")] = None,
@@ -102,14 +103,16 @@ def cache_rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove a teacher, or the views of a seed, and give their disk back. Asks first.
+    """Remove a teacher, the views of a seed, or the stored pixels, and give their disk back. Asks first.
 
     Example: rsmtdf cache rm feats.zarr --seed 9
     """
     from rsmtdf.cli.store_changes import removal_plan, remove_from_store
     from rsmtdf.signals import stop_flag
 
-    plan = removal_plan(store, teacher=teacher, seed=seed, stream=stream, generation=generation, dry_run=dry_run)
+    plan = removal_plan(
+        store, teacher=teacher, pixels=pixels, seed=seed, stream=stream, generation=generation, dry_run=dry_run
+    )
     if plan and dry_run:
         show(plan[0], as_json=as_json, text=plan[1])
         return
@@ -120,7 +123,7 @@ def cache_rm(
             return
     with stop_flag() as stop:
         result, text = remove_from_store(
-            store, teacher=teacher, seed=seed, stream=stream, generation=generation, stop=stop
+            store, teacher=teacher, pixels=pixels, seed=seed, stream=stream, generation=generation, stop=stop
         )
     show(result, as_json=as_json, text=text)
     if result["left"]:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 import rsmtdf
+from rsmtdf.cli.pixels import pixels_line, reads_pixels
 from rsmtdf.cli.planning import student_grid, teacher_sources
 from rsmtdf.cli.runs import Mode, resumable, run_record, run_stem
+from rsmtdf.cli.students import backbone_weights, student_spec
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import (
     Source,
@@ -41,13 +43,12 @@ from rsmtdf.stages import cache as cache_stage
 from rsmtdf.stages import train as stage
 from rsmtdf.stages.evaluate import evaluate
 from rsmtdf.store.cached import CachedFeatures
+from rsmtdf.store.pixel_reader import PixelReader
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.model import Student, build_student
-from rsmtdf.student.spec import StudentSpec, TeacherHead, teacher_heads
+from rsmtdf.student.spec import StudentSpec
 from rsmtdf.teachers.online import OnlineFeatures
-from rsmtdf.teachers.registry import build_teacher, describe, fetch
-from rsmtdf.teachers.source import TeacherSource
-from rsmtdf.weights import read_weights
+from rsmtdf.teachers.registry import build_teacher, describe
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None], opened: conte
     counts = _label_counts(workspace)
     needs = METHODS[experiment.train.method].needs_targets
     features = _features(mode, experiment, store, device, opened=opened) if needs else None
-    spec, backbone = _student_spec(experiment, features), _backbone(experiment, base=source.base)
+    spec = student_spec(experiment, features.specs if features is not None else {})
+    backbone = backbone_weights(experiment, base=source.base)
     ranks = _ranks(device)
     schedule = stage.build_schedule(
         train=experiment.train,
@@ -144,6 +146,7 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None], opened: conte
     )
     if before:
         before.require(schedule)
+    kept = opened.enter_context(PixelReader(store)) if reads_pixels(experiment, store) else None
     every_tile = {t.id: t for t in workspace.dataset.tiles()}
     maker = cache_stage.view_maker(store, reader=workspace.dataset, tiles=every_tile)
     val = [t for t in workspace.splits.val if workspace.tiles[t].mask is not None]
@@ -167,9 +170,12 @@ def open_job(options: TrainOptions, *, say: Callable[[str], None], opened: conte
         device=device,
         validate=partial(_score, workspace=workspace, tiles=val, device=device) if val else None,
         ranks=ranks,
+        kept=kept,
     )
     if ranks.rank == 0:
         say(_first_screen(workspace, counts, run, val))
+        if kept is not None:
+            say(pixels_line(kept, store))
     return job
 
 
@@ -275,42 +281,6 @@ def _expect_described(store: FeatureStore, experiment: Experiment) -> None:
         stored = store.teachers[name]
         described = describe(source, student_grid=student_grid(experiment))
         store.expect_teacher(replace(described, weights_sha256=stored.spec.weights_sha256), stored.codec)
-
-
-def _student_spec(experiment: Experiment, features: FeatureSource | None) -> StudentSpec:
-    config = experiment.student
-    heads: tuple[TeacherHead, ...] = ()
-    if features is not None:
-        weights = {t.name: t.fusion_weight for t in experiment.teachers}
-        heads = tuple(
-            head
-            for name, spec in features.specs.items()
-            for head in teacher_heads([spec], student_grid=student_grid(experiment), weight=weights[name])
-        )
-    return StudentSpec(
-        classes=len(experiment.dataset.classes),
-        backbone=config.backbone,
-        overrides=tuple(sorted(config.overrides.items())),
-        img_px=config.img_px,
-        layers=config.layers,
-        pos_embed=config.pos_embed,
-        dpt_features=config.dpt_features,
-        dpt_channels=config.dpt_channels,
-        translator_hidden=config.translator_hidden,
-        teachers=heads,
-        fusion=config.fusion,
-    )
-
-
-def _backbone(experiment: Experiment, *, base: Path) -> Mapping[str, torch.Tensor] | None:
-    """Pretrained weights for the student's backbone; None where random ones were asked for."""
-    weights = experiment.student.weights
-    if weights == "random":
-        return None
-    if weights == "hub":
-        named = TeacherSource(name="student backbone", library="timm", model=experiment.student.backbone)
-        return read_weights(fetch(named))
-    return read_weights(base / weights)
 
 
 def _score(student: Student, *, workspace: Workspace, tiles: Sequence[str], device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rsmtdf.config import Dtype, Experiment, load_experiment, parse_experiment
 from rsmtdf.data.dataset import Dataset, usable_tiles
 from rsmtdf.data.splits import Splits, labelled_tiles, make_splits
 from rsmtdf.errors import ConfigError, DatasetError
+from rsmtdf.keyed import key_seed
 from rsmtdf.specs import SplitSpec, Tile, to_dict
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,8 @@ def open_workspace(
     pool = set(splits.train)
     if experiment.cache.pool == "unlabelled":
         pool -= set(labelled)
+    if experiment.cache.pool_tiles is not None:
+        pool = _keyed_part(pool, experiment.cache.pool_tiles)
     return Workspace(
         source=source,
         dataset=dataset,
@@ -237,6 +240,14 @@ def _as_drawn(
         )
     train = tuple(sorted(set(kept) - held_out))
     return Splits(train=train, val=tuple(drawn["val"]), test=tuple(drawn["test"])), tuple(drawn["labelled"])
+
+
+def _keyed_part(pool: Collection[str], n: int) -> set[str]:
+    """`n` tiles of `pool`, or all where there are fewer: those with the smallest keys.
+
+    Each tile has a key of its own, so a smaller part lies within a larger one, and new images displace few.
+    """
+    return set(sorted(pool, key=lambda tile: (key_seed("part of the pool", tile), tile))[:n])
 
 
 def _warn_of_orphans(dataset: Dataset) -> None:

@@ -7,7 +7,9 @@ tiles; larger ones are read by window, so memory does not grow with the raster.
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +178,25 @@ class Dataset:
             part = self._decode_mask(tile, header, (tile.x0, tile.y0, tile.width, tile.height))
         labels[: tile.height, : tile.width] = part.data
         return labels
+
+    def with_empty_cache(self) -> Dataset:
+        """A twin that shares the listing and has decoded nothing yet."""
+        twin = copy.copy(self)
+        twin._cache = SceneCache(budget_bytes=self._cache.budget_bytes)
+        return twin
+
+    def expected_decodes(self, tiles: Iterable[Tile], *, reads: int) -> float:
+        """How many of `reads` reads, in random order and evenly over `tiles`, will decode a scene anew.
+
+        Scenes that are read by window are decoded at each read.
+        """
+        images = {tile.image: self._header_of(tile) for tile in tiles}
+        costs = {image: header.width * header.height * 4 for image, header in images.items()}
+        kept = [cost for cost in costs.values() if self._is_kept_whole(cost)]
+        windowed = reads * (1 - len(kept) / len(costs)) if costs else 0.0
+        # Where not all fit, a scene is still there from its last turn with the probability that it fits.
+        missing = 1 - min(self._cache.budget_bytes / max(sum(kept), 1), 1.0)
+        return windowed + max(min(len(kept), reads - windowed), (reads - windowed) * missing)
 
     def _check(self) -> None:
         if not self._is_checked:

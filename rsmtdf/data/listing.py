@@ -30,7 +30,7 @@ class Listing:
     scenes: Mapping[str, Scene]
     headers: Mapping[str, Header]
     unreadable: Mapping[str, str]
-    """Images whose header cannot be read, and why: they have no tiles."""
+    """Images whose header cannot be read, or that lack the bands that most have, and why: they have no tiles."""
     tiles: Mapping[str, Tile]
     """By id, in sorted order."""
     left_out: tuple[str, ...]
@@ -48,6 +48,9 @@ def list_dataset(spec: DatasetSpec, root: Path) -> Listing:
     scan = layout_of(spec.layout).scan(spec, root)
     scenes = {scene.image: scene for scene in scan.scenes}
     headers, unreadable = _headers(root, list(scenes))
+    strange = _without_bands(headers, spec)
+    unreadable |= strange
+    headers = {image: header for image, header in headers.items() if image not in strange}
     tiles: dict[str, Tile] = {}
     left_out: list[str] = []
     parts: dict[str, list[Tile]] = {image: [] for image in scenes}
@@ -59,7 +62,7 @@ def list_dataset(spec: DatasetSpec, root: Path) -> Listing:
                 tiles[tile.id] = tile
                 parts[image].append(tile)
     if unreadable:
-        log.warning("%d image(s) cannot be opened and are left out: %s", len(unreadable), few(unreadable))
+        log.warning("%d image(s) cannot be used and are left out: %s", len(unreadable), few(unreadable))
     return Listing(
         scan=scan,
         scenes=scenes,
@@ -148,6 +151,19 @@ def require_bytes(headers: Mapping[str, Header], spec: DatasetSpec, root: Path) 
         f"8 bit is set; add this line (2-98 % of the valid pixels) to the data set's section of the YAML file:\n"
         f"{yaml_line(scaling)}"
     )
+
+
+def _without_bands(headers: Mapping[str, Header], spec: DatasetSpec) -> dict[str, str]:
+    """Image -> why it gives no R, G, B, where fewer than half of the images do not: a stray grey scan among aerial
+    images. Where more do not, it is the description that is wrong, and `require_readable` stops.
+    """
+    strange = {}
+    for image, header in headers.items():
+        try:
+            choose_bands(header, spec.bands, where=f"image {image}")
+        except DatasetError as error:
+            strange[image] = str(error)
+    return strange if 2 * len(strange) < len(headers) else {}
 
 
 def _headers(root: Path, images: list[str]) -> tuple[dict[str, Header], dict[str, str]]:

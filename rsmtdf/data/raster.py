@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
@@ -30,6 +30,14 @@ _DRIVERS = ["PNG", "JPEG", "GTiff"]
 # Listing the folder of every opened file is quadratic in a folder of 20,000 crops; TRUE still finds side-car files.
 _GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+MAX_PX = 2**36
+"""Of a raster (262,144 x 262,144): listing the tiles of a larger one would take hundreds of megabytes, and headers
+that claim more are broken or made to exhaust whoever believes them."""
+MAX_STREAMED_PX = 2**29
+"""Of a PNG or JPEG (23,170 x 23,170): for each tile it is decoded from its first row on."""
+MAX_BLOCK_BYTES = 2**28
+"""Of what must be decoded in one piece to read one pixel: an interlaced PNG, or a strip or block of a TIFF."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,8 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
     """The raster at `path`, for one read in this thread.
 
     Raises:
-        DatasetError: it is missing, not a PNG, JPEG or TIFF, truncated, or a read inside the block fails.
+        DatasetError: it is missing, not a PNG, JPEG or TIFF, truncated, larger than memory can be asked to bear, or a
+            read inside the block fails.
     """
     _allow_missing_georeference()
     if not path.is_file():
@@ -102,6 +111,7 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
         except RasterioError as error:
             raise DatasetError(f"{path} cannot be opened: {_reason(error, path)}") from error
         with source:
+            _require_bearable(source, path)
             try:
                 yield source
             except (RasterioError, MemoryError) as error:
@@ -269,6 +279,38 @@ def _require_whole_png(path: Path) -> None:
                 return
             position += 12 + int.from_bytes(length, "big")
     raise DatasetError(f"{path} cannot be read: the PNG is truncated (it ends at byte {end}, before its IEND chunk)")
+
+
+def _require_bearable(source: DatasetReader, path: Path) -> None:
+    """Stops at a raster that cannot be read by window in bounded memory and time, before anything is decoded."""
+    pixels, size = source.width * source.height, f"{path} is {source.width:,} x {source.height:,} px"
+    if pixels > MAX_PX:
+        raise DatasetError(
+            f"{size}; at most {MAX_PX:,} pixels are read from one file. Cut it into several, if its header tells the "
+            f"truth"
+        )
+    if source.driver in ("PNG", "JPEG") and pixels > MAX_STREAMED_PX:
+        raise DatasetError(
+            f"{size}; a {source.driver} of more than {MAX_STREAMED_PX:,} pixels is not read, because each tile of it "
+            f"would be decoded from its first row on: make a tiled TIFF of it (gdal_translate -co TILED=YES)"
+        )
+    rows, columns = (source.height, source.width) if _is_interlaced(source, path) else source.block_shapes[0]
+    bands = source.count if source.interleaving == Interleaving.pixel else 1
+    block = rows * columns * bands * np.dtype(source.dtypes[0]).itemsize
+    if block > MAX_BLOCK_BYTES:
+        raise DatasetError(
+            f"{size} in blocks of {columns:,} x {rows:,}: to read one pixel, {block / 1e6:,.0f} MB would have to be "
+            f"decoded, and at most {MAX_BLOCK_BYTES / 1e6:,.0f} MB are; make a tiled TIFF of it "
+            f"(gdal_translate -co TILED=YES)"
+        )
+
+
+def _is_interlaced(source: DatasetReader, path: Path) -> bool:
+    """Whether a PNG is: then its first row is complete only at its end."""
+    if source.driver != "PNG":
+        return False
+    with path.open("rb") as file:
+        return file.read(29)[28:] == b"\x01"
 
 
 def _reason(error: BaseException, path: Path) -> str:

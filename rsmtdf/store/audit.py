@@ -28,7 +28,8 @@ from rsmtdf.store.arrays import (
 from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.growth import TWINS, column_array, column_sha256, provenance_metadata
 from rsmtdf.store.locks import LOCK_FILE
-from rsmtdf.store.manifest import KEY, Manifest, checked, load
+from rsmtdf.store.manifest import KEY, PIXELS, Manifest, checked, load
+from rsmtdf.store.pixels import StoredPixels
 from rsmtdf.store.places import files, names, read_each
 from rsmtdf.store.shards import ShardUnreachable, trouble
 from rsmtdf.store.status import StatusArray
@@ -47,6 +48,14 @@ class Contents:
     """Those whose attributes are sound; their statistics are NaN where they are not."""
     damage: tuple[Damage, ...]
     """Found on the way."""
+
+    @property
+    def pixels(self) -> StoredPixels | None:
+        """The stored pixels; None where the store keeps none."""
+        if not self.manifest.has_pixels:
+            return None
+        crop_px, per = self.manifest.recipe.crop_px, self.manifest.shard_views
+        return StoredPixels(path=self.path / PIXELS, crop_px=crop_px, shard_views=per)
 
 
 def read_contents(path: StorePath) -> Contents | Damage:
@@ -99,6 +108,8 @@ def expected_metadata(contents: Contents) -> dict[StorePath, dict[str, Any]]:
     if manifest.tiles.count:  # before, chunk lengths may still change
         nodes[id_bytes.path] = id_bytes.metadata(manifest.tiles.id_bytes)
         nodes[id_offsets.path] = id_offsets.metadata(manifest.tiles.count + 1)
+    if contents.pixels is not None:
+        nodes |= contents.pixels.nodes(n_rows)
     for teacher in contents.teachers.values():
         for array in teacher.arrays:
             nodes[teacher.path / array.name] = teacher.array_metadata(array, n_rows)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import google_crc32c
 import numpy as np
 
+summed = google_crc32c.extend
+"""The crc32c that continues from another (0: none), of bytes or a contiguous uint8 array, which is not checked."""
+
 
 def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
     """The crc32c of `data` (an array: its bytes in C order), continuing from `start`, the crc of what precedes it."""

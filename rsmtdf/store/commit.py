@@ -18,7 +18,7 @@ import torch
 from rsmtdf.errors import StoreError, StoreMismatch
 from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.store.checksum import crc32c
-from rsmtdf.store.manifest import signed
+from rsmtdf.store.manifest import PIXELS, signed
 from rsmtdf.store.places import put
 from rsmtdf.store.segments import covered_rows, shard_runs
 from rsmtdf.store.shards import shard_name, write_shard_file
@@ -232,6 +232,7 @@ def _shard_of(file: Path) -> int | None:
     is_shard = parts[0] == "c" and len(parts) > 1 and parts[1].isdigit()
     # Columns have chunk files of the same names, but change under the mutex only.
     owned = file.parent.name == "status" or file.parent.parent.parent.name == "teachers"
+    owned |= file.parent.parent.name == PIXELS
     return int(parts[1]) if is_shard and owned else None
 
 

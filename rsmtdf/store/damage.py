@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from rsmtdf.objects import StorePath
 
-Kind = Literal["manifest", "teacher", "table", "metadata", "seal", "status", "features", "note", "twin"]
+Kind = Literal["manifest", "teacher", "table", "metadata", "seal", "status", "features", "pixels", "note", "twin"]
 """What is damaged, by what can be done about it: the manifest, a teacher's attributes or statistics, and tables
 (columns, tile ids) come from their twins; metadata of arrays and groups, sealed copies, notes and twins are written
-again or dropped; status words and features are withdrawn and computed again."""
+again or dropped; status words and features are withdrawn and computed again, stored pixels (and their status words)
+made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Damage:
 
     def text(self) -> str:
         """One line that names everything known about it."""
-        parts = [f"teacher {self.teacher!r}" if self.teacher else "", f"view {self.view}" if self.view else ""]
+        parts = [f"teacher {self.teacher!r}" if self.teacher else "", "stored pixels" if self.kind == "pixels" else ""]
+        parts.append(f"view {self.view}" if self.view else "")
         where = ", ".join([*(p for p in parts if p), f"file {self.file}"])
         return f"{where}: {self.what}"
 

@@ -33,6 +33,7 @@ from rsmtdf.store.arrays import (
 from rsmtdf.store.leases import locks_of
 from rsmtdf.store.locks import LOCK_FILE
 from rsmtdf.store.manifest import Column, Manifest, TileTable, commit, commit_first, library_versions
+from rsmtdf.store.pixels import StoredPixels, resize_pixels
 from rsmtdf.store.places import names, remove_tree
 from rsmtdf.store.segments import HOLE_FILL, STRUCTURE, NewSegment, covered_rows, plan_growth, view_keys
 from rsmtdf.store.status import StatusArray
@@ -162,6 +163,7 @@ def grow_store(
     tile_ids: Sequence[str],
     columns: Mapping[str, np.ndarray],
     teachers: Mapping[str, StoredTeacher],
+    pixels: StoredPixels | None,
     on_step: Callable[[str], None],
     still_held: Callable[[], None],
 ) -> Manifest:
@@ -174,6 +176,7 @@ def grow_store(
         tile_ids: ids it knows.
         columns: its committed columns, all rows.
         teachers: its teachers.
+        pixels: its stored pixels, if it has any.
         on_step: called after each step with its name; an error it raises ends the change there.
         still_held: raises where the caller does not own the store any more; asked before the commit.
 
@@ -192,7 +195,7 @@ def grow_store(
     )
     try:
         views = StatusArray(path=path / "views" / "status", shard_views=manifest.shard_views)
-        for status in (views, *(t.status for t in teachers.values())):
+        for status in (views, *(t.status for t in teachers.values()), *([pixels.status] if pixels else [])):
             status.forget_beyond(manifest.n_rows)
         on_step("old words")
         tiles = write_tiles(path, manifest.tiles, old=tile_ids, new=growth.new_tiles)
@@ -206,6 +209,9 @@ def grow_store(
         for teacher in teachers.values():
             resize_teacher(teacher, growth.n_rows)
             on_step(f"teacher {teacher.name}")
+        if pixels is not None:
+            resize_pixels(pixels, growth.n_rows)
+            on_step("pixels")
         grown = dataclasses.replace(
             manifest,
             n_rows=growth.n_rows,
@@ -226,7 +232,9 @@ def grow_store(
     return grown
 
 
-def settle(path: StorePath, manifest: Manifest, teachers: Mapping[str, StoredTeacher]) -> None:
+def settle(
+    path: StorePath, manifest: Manifest, teachers: Mapping[str, StoredTeacher], pixels: StoredPixels | None
+) -> None:
     """Sets every array's length to the committed one, where a change that was cut short left it longer.
 
     Our own reader looks at the manifest only; this is for other Zarr readers, to which all arrays must agree.
@@ -238,6 +246,8 @@ def settle(path: StorePath, manifest: Manifest, teachers: Mapping[str, StoredTea
     set_length(path / "tiles" / "id_offsets", manifest.tiles.count + 1)
     for teacher in teachers.values():
         resize_teacher(teacher, manifest.n_rows)
+    if pixels is not None:
+        resize_pixels(pixels, manifest.n_rows)
 
 
 def column_array(path: StorePath, name: str, column: Column) -> PlainArray:

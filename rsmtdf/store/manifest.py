@@ -25,6 +25,8 @@ FORMAT = 1
 """The on-disk format this code writes, and the newest it reads."""
 KEY = "rsmtdf"
 """The one attribute of a group that is ours."""
+PIXELS = "pixels"
+"""The group of stored pixels, and the manifest's word for it."""
 _PACKAGES = (
     "rsmtdf",
     "torch",
@@ -76,6 +78,8 @@ class Manifest:
     columns: Mapping[str, Column]
     teachers: Mapping[str, str]
     """Name -> digest of its group's attributes."""
+    has_pixels: bool = False
+    """Whether the views' pixels are stored too."""
 
     @property
     def identity(self) -> str:
@@ -97,6 +101,8 @@ class Manifest:
             "columns": {name: to_dict(c) for name, c in self.columns.items()},
             "teachers": dict(self.teachers),
         }
+        if self.has_pixels:  # stores without them read as they did before there were any
+            body[PIXELS] = True
         return signed(body)
 
 
@@ -153,6 +159,7 @@ def load(path: StorePath) -> Manifest:
             segments=tuple(from_dict(Segment, s) for s in data["segments"]),
             columns={name: from_dict(Column, c) for name, c in data["columns"].items()},
             teachers=data["teachers"],
+            has_pixels=bool(data.get(PIXELS, False)),
         )
     except (ValueError, KeyError) as error:
         raise StoreError(

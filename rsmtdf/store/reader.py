@@ -19,18 +19,21 @@ import numpy as np
 
 from rsmtdf.errors import StoreCorrupt, StoreError, StoreIncomplete
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
-from rsmtdf.store.checksum import Appending
+from rsmtdf.store.checksum import Appending, summed
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.fallback import WrongArray, ZarrViews
 from rsmtdf.store.manifest import load
 from rsmtdf.store.range_shards import RangeObject, RangeShards
 from rsmtdf.store.segments import Segment
 from rsmtdf.store.shards import OpenShards, ShardDamage, ShardReader, Shards, ShardUnreachable
-from rsmtdf.store.status import DONE, crc_of, state_of
+from rsmtdf.store.status import DONE, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.store.workshare import WorkShare
 
 Piece = Callable[[], None]
+_SUMMED_AGAIN = 1 << 14
+"""Bytes that are summed a second time sooner than `Appending` finds its tables, which nobody has used for a while."""
+_BYTE = np.dtype(np.uint8)
 
 
 class _Sizes(TypedDict):
@@ -93,7 +96,8 @@ class FeatureReader:
         self._verify = verify
         words = store.status(teacher)
         self._done = state_of(words) == DONE
-        self._crcs = crc_of(words)
+        # As a view of memory, whose items are ints at once.
+        self._words = words.data
         if threads < 1:
             raise ValueError(f"threads is {threads}; expected at least 1")
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="features") if threads > 1 else None
@@ -103,6 +107,10 @@ class FeatureReader:
         self._shards = [self._open(array, ahead, force_zarr=force_zarr) for array in self.teacher.arrays]
         self._by_shard = any(s.by_shard for s in self._shards)
         self._appending = [Appending(array.view_bytes) for array in self.teacher.arrays]
+        local = [s for s in self._shards if isinstance(s, ShardReader)]
+        # Nothing where another way reads one of the arrays.
+        self._direct = list(zip(local, self._appending, strict=True)) if len(local) == len(self._shards) else []
+        self._rooms = [_Room(array) for array in self.teacher.arrays]
 
     def is_done(self, rows: np.ndarray) -> np.ndarray:
         """bool, per row: whether its features are committed."""
@@ -144,6 +152,11 @@ class FeatureReader:
             StoreError: it cannot be read now; nothing is known to be wrong with it.
         """
         filled = self.empty(len(view_ids)) if out is None else out
+        if self._pool is None and not self._by_shard:
+            rows, flat = self._asked(view_ids, filled)
+            for slot, row in enumerate(rows):
+                self._view(row, [f[slot] for f in flat])
+            return filled
         pieces = self.pieces(view_ids, filled)
         if self._pool is None:
             for piece in pieces:
@@ -163,29 +176,28 @@ class FeatureReader:
 
         A piece is the work of one view, or of the views of one shard where that is one request.
         """
-        rows = self._rows_of(view_ids)
-        flat = [_bytes_of(out[a.name], a, len(rows)) for a in self.teacher.arrays]
-        asked = rows.tolist()
-        units = [[slot] for slot in range(len(asked))]
-        if self._by_shard:
-            units = _grouped([row // self._store.shard_views for row in asked])
+        rows, flat = self._asked(view_ids, out)
+        if not self._by_shard:
+            return [partial(self._view, row, [f[slot] for f in flat]) for slot, row in enumerate(rows)]
         return [
-            partial(self._read, [asked[slot] for slot in unit], [[f[slot] for slot in unit] for f in flat])
-            for unit in units
+            partial(self._read, [rows[slot] for slot in unit], [[f[slot] for slot in unit] for f in flat])
+            for unit in _grouped([row // self._store.shard_views for row in rows])
         ]
 
-    def _rows_of(self, view_ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """int64 [b], each a row that the store has."""
-        rows = np.asarray(view_ids)
-        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
-            raise ValueError(
-                f"view_ids are {rows.dtype} {rows.shape}; expected a 1-D sequence of row numbers (integers)"
-            )
-        n = len(self._done)
-        if rows.size and (rows.min() < 0 or rows.max() >= n):
-            bad = int(rows[(rows < 0) | (rows >= n)][0])
+    def _asked(
+        self, view_ids: np.ndarray | Sequence[int], out: Mapping[str, np.ndarray]
+    ) -> tuple[list[int], list[Sequence[np.ndarray]]]:
+        """The rows, each one that the store has, and per array and view uint8 [view_bytes] over the memory for it.
+
+        Raises as `get_many`.
+        """
+        # A list of ints, as one view is asked for, needs no array made of it.
+        rows = view_ids if type(view_ids) is list and {*map(type, view_ids)} == {int} else _row_numbers(view_ids)
+        n = len(self._words)
+        if rows and not (min(rows) >= 0 and max(rows) < n):
+            bad = next(row for row in rows if not 0 <= row < n)
             raise StoreIncomplete(f"feature store {self._store.path} has rows 0 to {n - 1}, not {bad}")
-        return rows.astype(np.int64)
+        return rows, [room.bytes_of(out[room.name], len(rows)) for room in self._rooms]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -199,6 +211,13 @@ class FeatureReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _view(self, row: int, outs: Sequence[np.ndarray]) -> None:
+        """`_read` of one view."""
+        if not self._direct or self._words[row] >> 32 & 0xFF != DONE:
+            self._read([row], [[out] for out in outs])
+        elif (found := self._attempt_directly(row, outs)) is not None:
+            self._insist(found, [row], [[out] for out in outs])
+
     def _read(self, rows: Sequence[int], outs: Sequence[Sequence[np.ndarray]]) -> None:
         """Reads these views, all of one shard or a single one, into the bytes `outs` per array and view."""
         for row in rows:
@@ -207,14 +226,35 @@ class FeatureReader:
                     f"features for {self.teacher.name!r} in {self._store.path} lack view {self._store.describe(row)}; "
                     "finish them with the rsmtdf cache-features command that the store was made by"
                 )
-        found = self._attempt(rows, outs)
-        if found is not None and found.may_be_outdated:
+        if (found := self._attempt(rows, outs)) is not None:
+            self._insist(found, rows, outs)
+
+    def _insist(self, found: _Trouble, rows: Sequence[int], outs: Sequence[Sequence[np.ndarray]]) -> None:
+        """Tries again where that may help, and raises the trouble that is left."""
+        left: _Trouble | None = found
+        if found.may_be_outdated:
             # Shards are replaced while they are read (a view added, another removed); what is kept of them misleads.
             for shards in self._shards:
                 shards.forget(rows[0])
-            found = self._attempt(rows, outs)
-        if found is not None:
-            raise self._error(found) from found.cause
+            left = self._attempt(rows, outs)
+        if left is not None:
+            raise self._error(left) from left.cause
+
+    def _attempt_directly(self, row: int, outs: Sequence[np.ndarray]) -> _Trouble | None:
+        """`_attempt` of one view in local files, by the shortest path there is: what an interpreter does besides
+        reading and summing takes as long as these once the processor's caches hold other things.
+        """
+        total = 0
+        for (shards, appending), out in zip(self._direct, outs, strict=True):
+            try:
+                crc = shards.read_into(row, out, verify=self._verify)
+            except (ShardDamage, ShardUnreachable) as cause:
+                return _Trouble(row, shards.file(row), str(cause), cause)
+            if not total:
+                total = crc
+            else:
+                total = summed(total, out) if self._verify and len(out) <= _SUMMED_AGAIN else appending(total, crc)
+        return None if total == self._words[row] & 0xFFFFFFFF else self._other_sum(row, total)
 
     def _attempt(self, rows: Sequence[int], outs: Sequence[Sequence[np.ndarray]]) -> _Trouble | None:
         """Reads and checks; what is wrong, if anything."""
@@ -230,11 +270,14 @@ class FeatureReader:
             # The status word sums a view's arrays one after another.
             totals = sums if totals is None else [appending(a, b) for a, b in zip(totals, sums, strict=True)]
         for row, total in zip(rows, totals or [], strict=True):
-            if total != self._crcs[row]:
-                status = self.teacher.status.chunk_file(row // self._store.shard_views)
-                what = f"checksum is {total:08x}, the status word says {self._crcs[row]:08x} ({status})"
-                return _Trouble(row, self._shards[0].file(row), what, None)
+            if total != self._words[row] & 0xFFFFFFFF:
+                return self._other_sum(row, total)
         return None
+
+    def _other_sum(self, row: int, total: int) -> _Trouble:
+        status = self.teacher.status.chunk_file(row // self._store.shard_views)
+        what = f"checksum is {total:08x}, the status word says {self._words[row] & 0xFFFFFFFF:08x} ({status})"
+        return _Trouble(row, self._shards[0].file(row), what, None)
 
     def _open(self, array: EncodedArray, ahead: np.ndarray | None, *, force_zarr: bool) -> Shards:
         """The way to the array's views that suits its place and layout."""
@@ -286,23 +329,45 @@ class FeatureReader:
         )
 
 
-def _bytes_of(values: np.ndarray, array: EncodedArray, views: int) -> np.ndarray:
-    """uint8 [views, view_bytes] over the same memory.
+class _Room:
+    """What memory for the views of one array must be."""
+
+    def __init__(self, array: EncodedArray) -> None:
+        self.name, self._shape, self._view_bytes = array.name, array.shape, array.view_bytes
+        self._dtype = np.dtype(array.dtype)
+
+    def bytes_of(self, values: np.ndarray, views: int) -> Sequence[np.ndarray]:
+        """Per view uint8 [view_bytes] over the same memory.
+
+        Raises:
+            ValueError: the values are of another shape or dtype, or not contiguous.
+        """
+        flags = values.flags
+        if (
+            values.shape != (views, *self._shape)
+            or values.dtype != self._dtype
+            or not (flags.c_contiguous and flags.writeable)
+        ):
+            raise ValueError(
+                f"out[{self.name!r}] is {values.dtype} {values.shape}; expected {self._dtype} "
+                f"{(views, *self._shape)}, C-contiguous and writeable"
+            )
+        if views == 1:
+            return [np.frombuffer(values, _BYTE)]
+        return list(values.view(_BYTE).reshape(views, self._view_bytes)) if views else []
+
+
+def _row_numbers(view_ids: np.ndarray | Sequence[int]) -> list[int]:
+    """As ints.
 
     Raises:
-        ValueError: the values are of another shape or dtype, or not contiguous.
+        ValueError: they are none.
     """
-    expected = (views, *array.shape)
-    if (
-        values.shape != expected
-        or values.dtype != array.dtype
-        or not (values.flags.c_contiguous and values.flags.writeable)
-    ):
-        raise ValueError(
-            f"out[{array.name!r}] is {values.dtype} {values.shape}; expected {array.dtype} {expected}, C-contiguous "
-            "and writeable"
-        )
-    return values.view(np.uint8).reshape(views, array.view_bytes) if views else np.empty((0, 0), np.uint8)
+    rows = np.asarray(view_ids)
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+        raise ValueError(f"view_ids are {rows.dtype} {rows.shape}; expected a 1-D sequence of row numbers (integers)")
+    found: list[int] = rows.tolist()
+    return found
 
 
 def _covered(rows: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:

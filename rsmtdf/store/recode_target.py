@@ -91,7 +91,7 @@ def make_target(
         write_metadata(place / "teachers", group_metadata())
         write_metadata(place / "provenance", read_metadata(src.path / "provenance"))
         digests = {t.name: write_teacher(_recoded(t, place, codec), n_rows=src.n_rows) for t in chosen}
-        return dataclasses.replace(manifest, experiment=experiment, teachers=digests)
+        return dataclasses.replace(manifest, experiment=experiment, teachers=digests, has_pixels=False)
 
     try:
         make_whole(path, fill)

@@ -21,14 +21,15 @@ from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import STREAMS, Stream
 from rsmtdf.store.arrays import METADATA, read_metadata, same_layout
+from rsmtdf.store.pixels import Payload, bytes_per_view, discard_pixels, has_litter
 from rsmtdf.store.places import names, tree_bytes
 from rsmtdf.store.places import remove as remove_file
 from rsmtdf.store.places import size as file_bytes
 from rsmtdf.store.segments import Segment
 from rsmtdf.store.shards import ShardDamage, drop_views, shard_name
-from rsmtdf.store.status import HOLE, StatusArray, word
+from rsmtdf.store.status import DONE, HOLE, StatusArray, state_of, word
 from rsmtdf.store.store import FeatureStore
-from rsmtdf.store.stored_teacher import StoredTeacher, discard_teacher
+from rsmtdf.store.stored_teacher import discard_teacher
 
 SHOWN = 20
 """Seeds that an error names."""
@@ -62,18 +63,29 @@ def plan_removal(
     store: FeatureStore,
     *,
     teacher: str | None = None,
+    pixels: bool = False,
     seed: int | None = None,
     stream: Stream = "strong",
     generation: int | None = None,
 ) -> RemovalReport:
-    """What `remove` would do; either a teacher or a seed is given.
+    """What `remove` would do; one of a teacher, the stored pixels and a seed is given.
 
     Raises:
-        StoreIncomplete: there is no such teacher, or no view of that seed.
-        StoreError: neither or both are given, or no such stream.
+        StoreIncomplete: there is no such teacher, no view of that seed, or no pixels are stored.
+        StoreError: none of them or several are given, or no such stream.
     """
-    if (teacher is None) == (seed is None):
-        raise StoreError("give either a teacher or a seed to remove")
+    if (teacher is not None) + (seed is not None) + pixels != 1:
+        raise StoreError("give either a teacher or a seed to remove, or the stored pixels")
+    if pixels:
+        if (stored_pixels := store.pixels) is None:
+            raise StoreIncomplete(f"feature store {store.path} keeps no pixels")
+        return RemovalReport(
+            store=store.path,
+            what="the stored pixels",
+            views=int(np.count_nonzero(state_of(store.pixel_status()) == DONE)),
+            bytes=tree_bytes(stored_pixels.path),
+            remaining="features stay; training makes the views from the images again",
+        )
     if teacher is not None:
         if teacher not in store.teachers:
             raise StoreIncomplete(f"feature store {store.path} has no teacher {teacher!r}; {_nearest(store, teacher)}")
@@ -96,7 +108,8 @@ def plan_removal(
         store=store.path,
         what=f"{stream} seed {seed}{which}",
         views=len(rows),
-        bytes=sum(int(store.usable([t.name])[rows].sum()) * t.bytes_per_view for t in store.teachers.values()),
+        bytes=sum(int(store.usable([t.name])[rows].sum()) * t.bytes_per_view for t in store.teachers.values())
+        + int((state_of(store.pixel_status())[rows] == DONE).sum()) * bytes_per_view(store.recipe.crop_px, stream),
         remaining=f"{stream} seeds left: {len(seeds) or 'none'}",
     )
 
@@ -105,11 +118,14 @@ def has_remains(
     store: FeatureStore,
     *,
     teacher: str | None = None,
+    pixels: bool = False,
     seed: int | None = None,
     stream: Stream = "strong",
     generation: int | None = None,
 ) -> bool:
     """Whether a removal of just this, which was cut short, may have left something on disk."""
+    if pixels:
+        return store.pixels is None and has_litter(store.path)
     if teacher is not None:
         return teacher not in store.teachers and teacher in _teacher_remains(store)
     return seed is not None and len(_seed_remains(store, stream, seed, generation)) > 0
@@ -119,6 +135,7 @@ def remove(
     path: StorePath,
     *,
     teacher: str | None = None,
+    pixels: bool = False,
     seed: int | None = None,
     stream: Stream = "strong",
     generation: int | None = None,
@@ -127,11 +144,12 @@ def remove(
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_step: Step = lambda step: None,
 ) -> RemovalReport:
-    """Takes a teacher, or one seed's views, out of the store at `path` and gives their disk back.
+    """Takes a teacher, one seed's views, or the stored pixels out of the store at `path` and gives their disk back.
 
     Args:
         path: the store; nobody may be writing to it meanwhile.
         teacher: the one to remove.
+        pixels: remove the stored pixels.
         seed: the one to remove, of `stream`.
         stream: of the seed.
         generation: only the views of this one.
@@ -154,7 +172,9 @@ def remove(
             for status in _statuses(store):
                 status.sealed_ranges()  # what is damaged shall stop this before the first change, not after it
             try:
-                report = plan_removal(store, teacher=teacher, seed=seed, stream=stream, generation=generation)
+                report = plan_removal(
+                    store, teacher=teacher, pixels=pixels, seed=seed, stream=stream, generation=generation
+                )
             except StoreIncomplete:
                 # Perhaps it was removed by a call that was cut short; then just what that call has left is cleared.
                 report = _nothing_more(store)
@@ -164,7 +184,9 @@ def remove(
                 if not (report.bytes or report.left):
                     raise
                 return report
-            if seed is None:
+            if pixels:
+                store.shrink(without_pixels=True, experiment=experiment)
+            elif seed is None:
                 store.shrink(without_teacher=teacher, experiment=experiment)
             else:
                 store.shrink(segments=_cut(store, stream, seed, generation)[1], experiment=experiment)
@@ -229,7 +251,12 @@ def _cut(store: FeatureStore, stream: Stream, seed: int, generation: int | None)
 
 
 def _statuses(store: FeatureStore) -> list[StatusArray]:
-    return [store.view_status_array, *(t.status for t in store.teachers.values())]
+    return [store.view_status_array, *(payload.status for payload in _payloads(store))]
+
+
+def _payloads(store: FeatureStore) -> list[Payload]:
+    """The teachers, and the stored pixels if there are any."""
+    return [*store.teachers.values(), *([store.pixels] if store.pixels is not None else [])]
 
 
 def _nearest(store: FeatureStore, name: str) -> str:
@@ -265,6 +292,9 @@ def _clear(
     for name in sorted(teachers):
         report.bytes += discard_teacher(store.path, name)
         on_step(f"teacher {name}")
+    if store.pixels is None and has_litter(store.path):
+        report.bytes += discard_pixels(store.path)
+        on_step("pixels")
     slots: dict[int, list[int]] = {}
     for row in rows.tolist():
         slots.setdefault(row // store.shard_views, []).append(row % store.shard_views)
@@ -315,8 +345,8 @@ def _free_shard(store: FeatureStore, shard: int, slots: list[int], report: Remov
     store.claims.still_held()
     is_whole = not len(store.rows_of_shard(shard))
     freed = 0
-    for teacher in store.teachers.values():
-        if is_whole:
+    for teacher in _payloads(store):
+        if is_whole and teacher.name in store.teachers:
             remove_file(store.path / "provenance" / teacher.name / f"{shard}.json")
         for array in teacher.arrays:
             file = teacher.path / array.name / shard_name(shard, 1 + len(array.shape))
@@ -333,7 +363,7 @@ def _free_shard(store: FeatureStore, shard: int, slots: list[int], report: Remov
     report.shards_rewritten += bool(freed) and not is_whole
 
 
-def _drop(store: FeatureStore, teacher: StoredTeacher, name: str, file: StorePath, slots: list[int]) -> int:
+def _drop(store: FeatureStore, teacher: Payload, name: str, file: StorePath, slots: list[int]) -> int:
     node = teacher.path / name
     (array,) = (a for a in teacher.arrays if a.name == name)
     if not same_layout(read_metadata(node), teacher.array_metadata(array, store.n_rows)):

@@ -8,7 +8,7 @@ teachers' attributes and statistics, columns, tile ids) comes from its second co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ class RepairReport:
     found: VerifyReport
     withdrawn: dict[str, list[int]] = field(default_factory=dict)
     """Teacher -> rows to be computed again, ascending."""
+    withdrawn_pixels: list[int] = field(default_factory=list)
+    """Rows whose stored pixels are to be made again, ascending."""
     repaired: list[str] = field(default_factory=list)
     """Files that were written again or dropped, and why."""
     not_repaired: list[Damage] = field(default_factory=list)
@@ -54,6 +56,7 @@ class RepairReport:
         return {
             "found": self.found.as_dict(),
             "withdrawn": self.withdrawn,
+            "withdrawn_pixels": self.withdrawn_pixels,
             "repaired": self.repaired,
             "not_repaired": [d.as_dict() for d in self.not_repaired],
         }
@@ -134,6 +137,7 @@ class _Mender:
         foreign = self._report.found.foreign
         self._features(d for d in by_kind.get("features", []) if d.teacher not in foreign)
         self._report.not_repaired += [d for d in by_kind.get("features", []) if d.teacher in foreign]
+        self._pixels(by_kind.get("pixels", []))
         self._metadata(by_kind.get("metadata", []))
         for damage in by_kind.get("note", []):
             remove(damage.file)
@@ -173,6 +177,10 @@ class _Mender:
             if other.path != status.path:
                 _withdraw(other, shard, range(other.shard_views))
             self._rows[name].update(rows)
+        pixels = self._contents.pixels
+        if pixels is not None and status.path == self._views.path:
+            _withdraw(pixels.status, shard, range(status.shard_views))
+            self._report.withdrawn_pixels = sorted({*self._report.withdrawn_pixels, *rows})
         words = np.full(status.shard_views, word(HOLE), np.uint64)
         words[[row - shard * status.shard_views for row in rows]] = word(TODO)
         if status.is_sealed(shard):
@@ -190,6 +198,30 @@ class _Mender:
             self._still_held()
             _withdraw(self._contents.teachers[name].status, shard, some)
             self._rows[name].update(shard * per + slot for slot in some)
+
+    def _pixels(self, damage: Sequence[Damage]) -> None:
+        """Withdraws stored pixels that are damaged, or whose words are lost."""
+        if (pixels := self._contents.pixels) is None or not damage:
+            return
+        self._still_held()
+        status, per = pixels.status, self._contents.manifest.shard_views
+        if status.drop_damaged_seal():
+            self._report.repaired.append(f"{status.sealed_file}: dropped, the chunk files beside it hold the same")
+        rewritten, _ = status.mend(self._contents.manifest.n_rows)
+        self._report.repaired += [f"{status.chunk_file(k)}: written again from the sealed copy" for k in rewritten]
+        rows: set[int] = set()
+        for shard in sorted({d.shard for d in damage if d.shard is not None}):
+            bad = [d.row for d in damage if d.shard == shard and d.row is not None]
+            if bad:
+                _withdraw(status, shard, [row - shard * per for row in bad])
+                rows.update(bad)
+            elif shard not in rewritten:
+                if status.is_sealed(shard):
+                    status.unseal(shard)
+                remove(status.chunk_file(shard))  # a shard without words is to do
+                rows.update(self._rows_of(shard))
+                self._report.repaired.append(f"{status.chunk_file(shard)}: its pixels are to be made again")
+        self._report.withdrawn_pixels = sorted({*self._report.withdrawn_pixels, *rows})
 
     def _metadata(self, damage: Iterable[Damage]) -> None:
         expected = expected_metadata(self._contents)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rsmtdf.specs import digest, to_dict
+from rsmtdf.store.pixels import bytes_per_view
 from rsmtdf.store.places import can_list, sizes, tree_bytes
 from rsmtdf.store.segments import padded, shard_runs
 from rsmtdf.store.status import DONE, SKIPPED, state_of
@@ -86,6 +87,22 @@ def info(store: FeatureStore) -> dict[str, Any]:
         "segments": [to_dict(s) | {"rows": s.rows} for s in store.segments],
         "seeds": [run.as_dict() for run in seed_runs(progress, store)],
         "teachers": teachers,
+        "pixels": _pixels(store),
+    }
+
+
+def _pixels(store: FeatureStore) -> dict[str, Any] | None:
+    """How far the views' pixels are stored, and what they take; None where the store keeps none."""
+    if (pixels := store.pixels) is None:
+        return None
+    state = state_of(store.pixel_status())
+    done, skipped = int((state == DONE).sum()), int((state == SKIPPED).sum())
+    return {
+        "done": done,
+        "skipped": skipped,
+        "complete": done + skipped == store.n_views,
+        "bytes_per_view": {s: bytes_per_view(pixels.crop_px, s) for s in sorted({s.stream for s in store.segments})},
+        "bytes": tree_bytes(pixels.path) if can_list(pixels.path) else None,
     }
 
 

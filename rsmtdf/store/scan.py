@@ -20,6 +20,7 @@ from rsmtdf.objects import ObjectPath, StorePath
 from rsmtdf.store.arrays import CRC_BYTES
 from rsmtdf.store.checksum import crc32c
 from rsmtdf.store.codecs import EncodedArray
+from rsmtdf.store.pixels import Payload
 from rsmtdf.store.places import unreachable
 from rsmtdf.store.shards import (
     ABSENT,
@@ -32,7 +33,6 @@ from rsmtdf.store.shards import (
     trouble,
 )
 from rsmtdf.store.status import DONE, crc_of, state_of
-from rsmtdf.store.stored_teacher import StoredTeacher
 
 BLOCK_BYTES = 8 << 20
 """Read at a time: large enough for any disk, small enough for the processor's cache."""
@@ -47,11 +47,11 @@ class ShardScanner:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def scan(self, teacher: StoredTeacher, shard: int, words: np.ndarray) -> tuple[list[Finding], int]:
+    def scan(self, teacher: Payload, shard: int, words: np.ndarray) -> tuple[list[Finding], int]:
         """What is wrong with the views of one shard, and the bytes read.
 
         Args:
-            teacher: whose features.
+            teacher: whose features; or stored pixels, with the arrays that this shard has.
             shard: its number.
             words: uint64 [shard_views], the committed status words: those that are done are checked.
 

@@ -15,11 +15,11 @@ from rsmtdf.signals import StopFlag
 from rsmtdf.store.audit import Contents
 from rsmtdf.store.foreign import ForeignTeacher
 from rsmtdf.store.manifest import Manifest, load
+from rsmtdf.store.pixels import Payload, StoredPixels
 from rsmtdf.store.scan import Finding, ShardScanner
 from rsmtdf.store.segments import covered_rows
 from rsmtdf.store.shards import ShardUnreachable
 from rsmtdf.store.status import DONE, state_of
-from rsmtdf.store.stored_teacher import StoredTeacher
 
 
 def views_of(manifest: Manifest, n_rows: int) -> np.ndarray:
@@ -27,8 +27,8 @@ def views_of(manifest: Manifest, n_rows: int) -> np.ndarray:
     return covered_rows(manifest.segments, n_rows)
 
 
-def still_views(contents: Contents, teacher: str | None = None) -> np.ndarray:
-    """bool [n_rows]: rows that are views (of `teacher`) also for the manifest that is there now.
+def still_views(contents: Contents, teacher: str | None = None, *, pixels: bool = False) -> np.ndarray:
+    """bool [n_rows]: rows that are views (of `teacher`, or with `pixels`) also for the manifest that is there now.
 
     A removal commits it first of all, so that nothing it takes away is missed here.
     """
@@ -38,7 +38,8 @@ def still_views(contents: Contents, teacher: str | None = None) -> np.ndarray:
         now = load(contents.path)
     except (StoreError, OSError):
         return real  # the small things' damage tells of that
-    if teacher is not None and now.teachers.get(teacher) != before.teachers.get(teacher):
+    is_gone = teacher is not None and now.teachers.get(teacher) != before.teachers.get(teacher)
+    if is_gone or (pixels and not now.has_pixels):
         return np.zeros_like(real)
     real &= views_of(now, before.n_rows)
     return real
@@ -46,10 +47,10 @@ def still_views(contents: Contents, teacher: str | None = None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Unit:
-    """One shard of one teacher."""
+    """One shard of one teacher, or of the stored pixels."""
 
     contents: Contents
-    teacher: StoredTeacher
+    teacher: Payload
     shard: int
     words: np.ndarray
     foreign: ForeignTeacher | None
@@ -93,7 +94,9 @@ def _scan_settled(scanner: ShardScanner, unit: Unit) -> tuple[list[Finding], int
     # The shard may have been replaced, or views removed, since its words were read.
     words = _words_now(unit)
     per = unit.teacher.shard_views
-    there = still_views(unit.contents, unit.teacher.name)[unit.shard * per : (unit.shard + 1) * per]
+    is_pixels = isinstance(unit.teacher, StoredPixels)
+    still = still_views(unit.contents, None if is_pixels else unit.teacher.name, pixels=is_pixels)
+    there = still[unit.shard * per : (unit.shard + 1) * per]
     there &= (state_of(words) == DONE) & (state_of(unit.words) == DONE)
     expected = np.where(there, words, np.uint64(0))
     if not np.array_equal(expected, unit.words):

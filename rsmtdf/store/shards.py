@@ -21,7 +21,7 @@ import numpy as np
 
 from rsmtdf.objects import StorePath
 from rsmtdf.store.arrays import CRC_BYTES
-from rsmtdf.store.checksum import crc32c
+from rsmtdf.store.checksum import crc32c, summed
 from rsmtdf.store.places import put, read
 
 ABSENT = 2**64 - 1
@@ -153,7 +153,7 @@ class OpenShards:
         self._max_open = _descriptor_budget() if max_open is None else max_open
         self._lock = threading.Lock()
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
-        self._indexes: OrderedDict[str, tuple[tuple[int, ...], np.ndarray]] = OrderedDict()
+        self._indexes: OrderedDict[str, tuple[tuple[int, ...], memoryview]] = OrderedDict()
 
     def get(self, file: str, *, views: int, ahead: bool) -> OpenShard:
         """The shard at `file`, of `views` views; it stays open for as long as it is referred to.
@@ -165,11 +165,15 @@ class OpenShards:
             ShardDamage: it is missing, or its index is damaged.
             ShardUnreachable: it cannot be opened now.
         """
-        with self._lock:
-            shard = self._open.get(file)
-            if shard is not None:
+        shard = self._open.get(file)
+        if shard is not None:
+            # Without the lock: each of the two is atomic, and a shard that is closed in between still serves.
+            try:  # noqa: SIM105 (as fast as can be)
                 self._open.move_to_end(file)
-                return shard
+            except KeyError:
+                pass
+            return shard
+        with self._lock:
             known = self._indexes.get(file)
         loaded = self._load(file, views, known)  # takes a while on network disks: no lock held
         if ahead and hasattr(os, "posix_fadvise"):
@@ -196,7 +200,7 @@ class OpenShards:
             self._open.clear()
             self._indexes.clear()
 
-    def _load(self, file: str, views: int, known: tuple[tuple[int, ...], np.ndarray] | None) -> OpenShard:
+    def _load(self, file: str, views: int, known: tuple[tuple[int, ...], memoryview] | None) -> OpenShard:
         try:
             shard = OpenShard(open_for_reading(file))
         except FileNotFoundError:
@@ -210,7 +214,7 @@ class OpenShards:
             raise trouble(error, "the shard file cannot be opened") from error
         return self._indexed(shard, views, known)
 
-    def _indexed(self, shard: OpenShard, views: int, known: tuple[tuple[int, ...], np.ndarray] | None) -> OpenShard:
+    def _indexed(self, shard: OpenShard, views: int, known: tuple[tuple[int, ...], memoryview] | None) -> OpenShard:
         """The shard with its index: the `known` one where it is of this very file."""
         shard.index = known[1] if known and known[0] == shard.identity else _read_index(shard, views)
         return shard
@@ -219,8 +223,8 @@ class OpenShards:
 class OpenShard:
     """A shard file's descriptor, closed with the last reference to it, and its index."""
 
-    index: np.ndarray
-    """uint64 [views, 2]: offset and size of each view, `ABSENT` where there is none."""
+    index: memoryview
+    """As of `flat_index`."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -257,7 +261,7 @@ class ShardReader:
         ahead: np.ndarray | None = None,
     ) -> None:
         self._before, self._after = f"{node / 'c'}.", ".0" * (dims - 1)
-        self._view_bytes = view_bytes
+        self._size = view_bytes + CRC_BYTES
         self._per = shard_views
         self._files = files
         self._ahead = ahead
@@ -279,36 +283,37 @@ class ShardReader:
             views=self._per,
             ahead=self._ahead is not None and bool(self._ahead[shard]),
         )
-        offset = view_offset(opened.index, slot, view_bytes=self._view_bytes)
+        offset = view_offset(opened.index, slot, size=self._size)
         crc = bytearray(CRC_BYTES)
-        _read_fully(opened.fd, [out.data, memoryview(crc)], offset)
-        return checked_crc(out, crc, verify=verify)
+        try:
+            n = os.preadv(opened.fd, [out.data, crc], offset)
+        except OSError as error:
+            raise trouble(error, "reading failed") from error
+        if n != self._size:
+            _read_fully(opened.fd, [out.data, memoryview(crc)], offset)
+        stored = int.from_bytes(crc, "little")
+        if verify and (found := summed(0, out)) != stored:
+            raise changed(found, stored)
+        return stored
 
 
-def view_offset(index: np.ndarray, slot: int, *, view_bytes: int) -> int:
-    """Where a view's bytes begin in its shard.
+def view_offset(index: memoryview, slot: int, *, size: int) -> int:
+    """Where a view's bytes begin in its shard; `size` are they, with their checksum.
 
     Raises:
         ShardDamage: it is not there, or has another size.
     """
-    offset, size = index[slot].tolist()
+    offset: int = index[2 * slot]
     if offset == ABSENT:
         raise ShardDamage("the view is absent from its shard")
-    if size != view_bytes + CRC_BYTES:
-        raise ShardDamage(f"the index gives the view {size} bytes, expected {view_bytes + CRC_BYTES}")
-    return int(offset)
+    if index[2 * slot + 1] != size:
+        raise ShardDamage(f"the index gives the view {index[2 * slot + 1]} bytes, expected {size}")
+    return offset
 
 
-def checked_crc(payload: np.ndarray, crc: bytes | bytearray, *, verify: bool) -> int:
-    """The crc32c stored as `crc`.
-
-    Raises:
-        ShardDamage: with `verify`, where `payload` has another.
-    """
-    stored = int.from_bytes(crc, "little")
-    if verify and (found := crc32c(payload)) != stored:
-        raise ShardDamage(f"payload checksum is {found:08x}, expected {stored:08x}: bytes have changed")
-    return stored
+def changed(found: int, stored: int, *, place: int = 0) -> ShardDamage:
+    """What it means that a payload has another checksum than the one beside it."""
+    return ShardDamage(f"payload checksum is {found:08x}, expected {stored:08x}: bytes have changed", place=place)
 
 
 def index_bytes(views: int) -> int:
@@ -330,13 +335,20 @@ def parse_index(raw: bytes | bytearray | memoryview, views: int) -> np.ndarray:
     return np.frombuffer(body, "<u8").reshape(views, 2)
 
 
-def _read_index(shard: OpenShard, views: int) -> np.ndarray:
+def flat_index(index: np.ndarray) -> memoryview:
+    """Offset and size of each view, one after another, `ABSENT` where there is none. Items are ints at once: an array
+    takes longer to give one than the rest of finding a view.
+    """
+    return index.astype(np.uint64, copy=False).reshape(-1).data
+
+
+def _read_index(shard: OpenShard, views: int) -> memoryview:
     n = index_bytes(views)
     if shard.size < n:
         raise ShardDamage(f"the shard file is cut short: {shard.size} bytes, its index alone has {n}")
     raw = bytearray(n)
     _read_fully(shard.fd, [memoryview(raw)], shard.size - n)
-    return parse_index(raw, views)
+    return flat_index(parse_index(raw, views))
 
 
 def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:

@@ -29,8 +29,10 @@ from rsmtdf.store.growth import (
     settle,
 )
 from rsmtdf.store.leases import for_writing, locks_of
-from rsmtdf.store.manifest import Manifest, differences, identity_fields, load
+from rsmtdf.store.manifest import PIXELS, Manifest, differences, identity_fields, load
 from rsmtdf.store.manifest import commit as commit_manifest
+from rsmtdf.store.pixel_shards import PixelArrays, commit_pixels, pixel_words, seal_pixels
+from rsmtdf.store.pixels import StoredPixels, discard_pixels, strong_shards, write_pixels
 from rsmtdf.store.places import explained
 from rsmtdf.store.segments import STRUCTURE, NewSegment, Segment, covered_rows
 from rsmtdf.store.statistics import Moments
@@ -118,7 +120,7 @@ class FeatureStore:
             # Somebody who is changing it right now will leave it in order.
             with contextlib.suppress(StoreError), store.locked(timeout_s=0):
                 store.refresh()  # somebody may have changed it between reading and locking
-                settle(path, store._manifest, store.teachers)
+                settle(path, store._manifest, store.teachers, store.pixels)
                 keep_twins(path, store._manifest)
         return store
 
@@ -192,6 +194,24 @@ class FeatureStore:
                 f"Add it with: rsmtdf cache-features --teacher {name} --out {self.path}"
             )
         return self._teachers[name]
+
+    @property
+    def pixels(self) -> StoredPixels | None:
+        """The stored pixels; None where the store keeps none."""
+        return self._pixels() if self._manifest.has_pixels else None
+
+    def pixels_of_shard(self, shard: int) -> StoredPixels:
+        """The stored pixels with the arrays that this shard's views have.
+
+        Raises:
+            StoreIncomplete: the store keeps none.
+        """
+        if (pixels := self.pixels) is None:
+            raise StoreIncomplete(
+                f"feature store {self.path} keeps no pixels; add them with: rsmtdf cache-features --store-pixels "
+                f"--out {self.path}"
+            )
+        return pixels.of_shard(shard, strong_shards(self.segments, self.shard_views))
 
     def expect(self, *, recipe: ViewRecipe, dataset: DatasetSpec) -> None:
         """Checks that the store's views are those of `recipe` on `dataset`.
@@ -312,6 +332,19 @@ class FeatureStore:
         """uint64 [n_rows] as on disk now: bits 0-31 crc32c of the encoded features, 32-39 the state."""
         return self._with_holes(self.teacher(teacher).status.read(self.n_rows))
 
+    def pixel_status(self) -> np.ndarray:
+        """uint64 [n_rows] as on disk now: bits 0-31 crc32c of the stored arrays, 32-39 the state; to do where no
+        pixels are kept.
+        """
+        if (pixels := self.pixels) is None:
+            return self._with_holes(np.zeros(self.n_rows, np.uint64))
+        return pixel_words(self, pixels)
+
+    def pending_pixels(self) -> np.ndarray:
+        """int64 rows of views that are cached, but whose pixels are not stored."""
+        lacking = (state_of(self.view_status()) == DONE) & (state_of(self.pixel_status()) != DONE)
+        return np.flatnonzero(lacking & self._real).astype(np.int64)
+
     def missing_shards(self, teachers: Sequence[str], *, retry_skipped: bool = False) -> list[int]:
         """Shards with a view that is not done (nor skipped) for one of `teachers`, ascending."""
         todo = self._todo(teachers, retry_skipped=retry_skipped).reshape(-1, self.shard_views)
@@ -401,6 +434,7 @@ class FeatureStore:
                     tile_ids=self.tile_ids,
                     columns=columns,
                     teachers=self.teachers,
+                    pixels=self.pixels,
                     on_step=on_step,
                     still_held=self.claims.still_held,
                 )
@@ -439,6 +473,17 @@ class FeatureStore:
             digest = write_teacher(teacher, n_rows=self.n_rows)
             self._commit(teachers={**self._manifest.teachers, spec.name: digest})
 
+    def add_pixels(self) -> bool:
+        """Makes room for the views' pixels, which come next; False where the store has it already."""
+        with self.locked():
+            self.refresh()
+            if self._manifest.has_pixels:
+                return False
+            discard_pixels(self.path)  # removed ones may have left shards behind
+            write_pixels(self._pixels(), n_rows=self.n_rows)
+            self._commit(has_pixels=True)
+        return True
+
     def amend(
         self,
         *,
@@ -463,9 +508,11 @@ class FeatureStore:
         *,
         segments: Sequence[Segment] | None = None,
         without_teacher: str | None = None,
+        without_pixels: bool = False,
         experiment: Mapping[str, Any] | None = None,
     ) -> None:
-        """Commits that only `segments` are there, or that a teacher is not; rows outside segments are holes then.
+        """Commits that only `segments` are there, or that a teacher or the stored pixels are not; rows outside
+        segments are holes then.
 
         The caller owns the store and all its shards, and frees the disk afterwards (`rsmtdf.store.remove`).
         """
@@ -474,6 +521,8 @@ class FeatureStore:
             changes["segments"] = tuple(segments)
         if without_teacher is not None:
             changes["teachers"] = {n: d for n, d in self._manifest.teachers.items() if n != without_teacher}
+        if without_pixels:
+            changes["has_pixels"] = False
         with self.locked():
             self._commit(**changes)
 
@@ -528,6 +577,24 @@ class FeatureStore:
                 self, shard, view_crcs=view_crcs, skipped=skipped, features=features, provenance=provenance, left=left
             )
 
+    def write_pixels(self, shard: int, *, views: Mapping[int, PixelArrays], view_crcs: Mapping[int, int]) -> int:
+        """Writes and commits the pixels of one whole shard; bytes written.
+
+        Args:
+            shard: claimed here for the duration where the caller has not claimed it.
+            views: row -> its arrays, for every view of the shard that can be made; those that are stored already are
+                among them.
+            view_crcs: row -> crc32c of its finished pixels and valid mask, which must be the recorded one.
+
+        Raises:
+            StoreMismatch: a view has other pixels than when it was cached.
+            StoreError: as `write_shard`; or a view is not cached.
+        """
+        with self._owned_lock:
+            owned = shard in self._owned
+        with contextlib.nullcontext() if owned else self.claim([shard]):
+            return commit_pixels(self, shard, views=views, view_crcs=view_crcs)
+
     def withdraw(self, shard: int, teacher: str) -> None:
         """Marks a teacher's shard as not done, so that it is computed again."""
         with self.claim([shard]):
@@ -546,6 +613,7 @@ class FeatureStore:
         with self.locked():
             self.refresh()
             commit.seal_finished(self)
+            seal_pixels(self)
 
     # Inside
 
@@ -567,6 +635,9 @@ class FeatureStore:
         commit_manifest(self.path, changed)
         self._adopt(changed)
         keep_twins(self.path, changed)
+
+    def _pixels(self) -> StoredPixels:
+        return StoredPixels(path=self.path / PIXELS, crop_px=self.recipe.crop_px, shard_views=self.shard_views)
 
     def _todo(self, teachers: Sequence[str], *, retry_skipped: bool) -> np.ndarray:
         """bool [n_rows]: views that are not finished."""

@@ -24,6 +24,7 @@ from rsmtdf.store.arrays import METADATA
 from rsmtdf.store.audit import Contents, read_contents
 from rsmtdf.store.damage import Damage, Kind
 from rsmtdf.store.foreign import ForeignTeacher, foreign_arrays
+from rsmtdf.store.pixels import StoredPixels, strong_shards
 from rsmtdf.store.shard_checks import Unit, scanned, still_views, views_of
 from rsmtdf.store.status import DONE, HOLE, SKIPPED, StatusArray, state_of
 from rsmtdf.store.store import FeatureStore
@@ -44,6 +45,10 @@ class TeacherState:
     checked: int = 0
     """Views whose bytes were compared with their checksums."""
 
+    @property
+    def is_complete(self) -> bool:
+        return self.done + self.skipped == self.total
+
 
 @dataclass(kw_only=True)
 class VerifyReport:
@@ -54,8 +59,10 @@ class VerifyReport:
     remarks: list[str] = field(default_factory=list)
     """Worth knowing, and no damage."""
     teachers: dict[str, TeacherState] = field(default_factory=dict)
+    pixels: TeacherState | None = None
+    """How far the views' pixels are stored; None where the store keeps none."""
     bytes_read: int = 0
-    """Of features."""
+    """Of features and stored pixels."""
     seconds: float = 0.0
     """Spent reading them."""
     threads: int = 1
@@ -82,6 +89,7 @@ class VerifyReport:
             "damage": [d.as_dict() for d in self.damage],
             "remarks": self.remarks,
             "teachers": {name: dataclasses.asdict(t) for name, t in self.teachers.items()},
+            "pixels": None if self.pixels is None else dataclasses.asdict(self.pixels),
             "bytes_read": self.bytes_read,
             "seconds": round(self.seconds, 3),
             "gb_per_second": round(self.bytes_read / max(self.seconds, 1e-9) / 1e9, 3),
@@ -118,10 +126,11 @@ def verify(
     if isinstance(contents, Damage):
         return report
     words = _check_status(contents, report)
+    pixel_words = _check_pixel_status(contents, report)
     view = _describer(contents)
     foreign = _told_foreign(contents, words, report)
     try:
-        _check_features(contents, words, foreign, view, report, stop, progress)
+        _check_payloads(contents, words, pixel_words, foreign, view, report, stop, progress)
     finally:
         for teacher in foreign.values():
             teacher.close()
@@ -173,6 +182,22 @@ def _check_status(contents: Contents, report: VerifyReport) -> dict[str, np.ndar
     for shard in sorted(unvouched):
         what = "has no checksum of pixels whose features are committed"
         report.damage.append(Damage(kind="status", file=views.chunk_file(shard), shard=shard, what=what))
+    return words
+
+
+def _check_pixel_status(contents: Contents, report: VerifyReport) -> np.ndarray | None:
+    """The words of the stored pixels, as far as they can be read; damage to them goes to `report`."""
+    if (pixels := contents.pixels) is None:
+        return None
+    before = len(report.damage)
+    words = _words(contents, pixels.status, None, report)
+    report.damage[before:] = [dataclasses.replace(d, kind="pixels") for d in report.damage[before:]]
+    real, state = is_view(contents), state_of(words)
+    report.pixels = TeacherState(
+        done=int(((state == DONE) & real).sum()),
+        skipped=int(((state == SKIPPED) & real).sum()),
+        total=int(real.sum()),
+    )
     return words
 
 
@@ -231,9 +256,10 @@ def _describer(contents: Contents) -> Callable[[int], str]:
     return FeatureStore(path=contents.path, manifest=bare, writable=False).describe
 
 
-def _check_features(
+def _check_payloads(
     contents: Contents,
     words: dict[str, np.ndarray],
+    pixel_words: np.ndarray | None,
     foreign: Mapping[str, ForeignTeacher],
     view: Callable[[int], str],
     report: VerifyReport,
@@ -247,18 +273,22 @@ def _check_features(
         for name, teacher in contents.teachers.items()
         for shard in np.unique(np.flatnonzero((state_of(words[name]) == DONE) & real) // per)
     ]
+    units += _pixel_units(contents, pixel_words)
     total = sum(u.views * u.teacher.bytes_per_view for u in units)
     begun, done = time.perf_counter(), 0
     for unit, found, size in scanned(units, report.threads, stop, contents.path):
         report.bytes_read += size
-        report.teachers[unit.teacher.name].checked += unit.views
+        is_pixels = isinstance(unit.teacher, StoredPixels)
+        state = report.pixels if is_pixels else report.teachers[unit.teacher.name]
+        assert state is not None
+        state.checked += unit.views
         for slot, file, what in found:
             row = unit.shard * per + slot
             report.damage.append(
                 Damage(
-                    kind="features",
+                    kind="pixels" if is_pixels else "features",
                     file=file,
-                    teacher=unit.teacher.name,
+                    teacher=None if is_pixels else unit.teacher.name,
                     shard=unit.shard,
                     row=row,
                     view=view(row),
@@ -268,3 +298,12 @@ def _check_features(
         done += unit.views * unit.teacher.bytes_per_view
         progress(done, total)
     report.seconds = time.perf_counter() - begun
+
+
+def _pixel_units(contents: Contents, words: np.ndarray | None) -> list[Unit]:
+    if (pixels := contents.pixels) is None or words is None:
+        return []
+    per = contents.manifest.shard_views
+    strong = strong_shards(contents.manifest.segments, per)
+    shards = np.unique(np.flatnonzero((state_of(words) == DONE) & is_view(contents)) // per).tolist()
+    return [Unit(contents, pixels.of_shard(k, strong), k, words[k * per : (k + 1) * per], None) for k in shards]

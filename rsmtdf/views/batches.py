@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rsmtdf.errors import StoreMismatch
+from rsmtdf.views.kept import KeptViews, views_of
 from rsmtdf.views.maker import ViewMaker
 from rsmtdf.views.view import View, view_crc
 
@@ -86,10 +87,19 @@ class BatchMaker:
         check: called for every view that has a target; None: nothing is compared.
         workers: threads (decoding and resampling release the interpreter lock).
         ahead: batches in the making besides the one in hand.
+        kept: stored views, read in place of being made where they are there; None: all are made.
     """
 
-    def __init__(self, *, maker: ViewMaker, check: PixelCheck | None, workers: int, ahead: int = 2) -> None:
-        self._maker, self._check, self._ahead = maker, check, ahead
+    def __init__(
+        self,
+        *,
+        maker: ViewMaker,
+        check: PixelCheck | None,
+        workers: int,
+        ahead: int = 2,
+        kept: KeptViews | None = None,
+    ) -> None:
+        self._maker, self._check, self._ahead, self._kept = maker, check, ahead, kept
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
         self.wait_seconds = 0.0
         """Time that `batches` spent waiting for views."""
@@ -115,18 +125,25 @@ class BatchMaker:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _labelled(self, row: int) -> tuple[View, np.ndarray]:
-        (view,) = self._maker.mixed([row])
+        is_kept = self._kept is not None and self._kept.has([row])
+        view = self._views([row])[0][1] if is_kept else self._maker.mixed([row])[0]
         if self._check is not None:
             self._check(row, view, self._maker.tile(row).id)
-        return view, self._maker.label(row)
+        return view, self._maker.label_in(row, view.valid) if is_kept else self._maker.label(row)
 
     def _strong(self, unit: Sequence[int]) -> list[tuple[View, View]]:
         """(weak, strong) of each row of a CutMix pair."""
-        views = self._maker.weak_and_mixed(unit)
+        views = self._views(unit)
         if self._check is not None:
             for row, (_, mixed) in zip(unit, views, strict=True):
                 self._check(row, mixed, self._maker.tile(row).id)
         return views
+
+    def _views(self, rows: Sequence[int]) -> list[tuple[View, View]]:
+        """(geometry alone, finished view) of each row, stored or made."""
+        if self._kept is not None and self._kept.has(rows):
+            return views_of(rows, self._kept.read(rows), self._maker)
+        return self._maker.weak_and_mixed(rows)
 
     def _collect(
         self,

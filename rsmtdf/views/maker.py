@@ -9,7 +9,7 @@ import numpy as np
 
 from rsmtdf.errors import DatasetError
 from rsmtdf.specs import Tile, TileReader, ViewRecipe
-from rsmtdf.views.view import View, paste, render, render_both, render_label
+from rsmtdf.views.view import View, label_of_view, paste, render, render_both, render_label
 
 
 class UnreadableTile(DatasetError):
@@ -125,21 +125,53 @@ class ViewMaker:
             return UnreadableTile(str(error), tile=self.tile(row).id)
 
     def weak_and_mixed(self, rows: Sequence[int]) -> list[tuple[View, View]]:
-        """(geometry alone, finished view) of each row; CutMix partners are all among `rows`."""
-        both: dict[int, tuple[View, View]] = {}
-        for row in rows:
-            image, valid = self._reader.read_image(self.tile(row))
-            both[row] = render_both(image, valid, self._params[row], recipe=self._recipe)
+        """(geometry alone, finished view) of each row, each tile rendered once where partners are both among them.
+
+        Raises:
+            UnreadableTile: of the first view that cannot be made.
+        """
         out = []
-        for row in rows:
-            weak, strong = both[row]
-            if self.box(row)[2]:
-                strong = paste(strong, both[self.partner(row)][1], self._params[row])
-            out.append((weak, strong))
+        for both in self.weak_and_attempted(rows):
+            if isinstance(both, UnreadableTile):
+                raise both
+            out.append(both)
         return out
+
+    def weak_and_attempted(self, rows: Sequence[int]) -> list[tuple[View, View] | UnreadableTile]:
+        """As `weak_and_mixed`, with the error of the tile that stands in the way in place of what cannot be made."""
+        made: dict[int, tuple[View, View] | UnreadableTile] = {}
+
+        def both(row: int) -> tuple[View, View] | UnreadableTile:
+            if row not in made:
+                made[row] = self._both_or_error(row)
+            return made[row]
+
+        out: list[tuple[View, View] | UnreadableTile] = []
+        for row in rows:
+            views = both(row)
+            if not isinstance(views, UnreadableTile) and self.box(row)[2]:
+                other = both(self.partner(row))
+                if isinstance(other, UnreadableTile):
+                    views = other
+                else:
+                    views = views[0], paste(views[1], other[1], self._params[row])
+            out.append(views)
+        return out
+
+    def _both_or_error(self, row: int) -> tuple[View, View] | UnreadableTile:
+        try:
+            image, valid = self._reader.read_image(self.tile(row))
+        except DatasetError as error:
+            return UnreadableTile(str(error), tile=self.tile(row).id)
+        return render_both(image, valid, self._params[row], recipe=self._recipe)
 
     def label(self, row: int) -> np.ndarray:
         """Class indices uint8 [crop, crop] in the geometry of `row`; 255 where ignored or not valid."""
         tile = self.tile(row)
         _, valid = self._reader.read_image(tile)
         return render_label(self._reader.read_label(tile), valid, self._params[row], recipe=self._recipe)
+
+    def label_in(self, row: int, valid: np.ndarray) -> np.ndarray:
+        """As `label`, for a view whose valid mask bool [crop, crop] is known: no image is read."""
+        tile = self.tile(row)
+        return label_of_view(self._reader.read_label(tile), valid, self._params[row], recipe=self._recipe)

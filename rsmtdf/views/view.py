@@ -80,12 +80,27 @@ def render_label(
         StoreMismatch: the parameters do not fit the recipe.
     """
     _check_tile(label, valid, "label", ())
+    shown = _render_valid(valid, resolve(params), recipe.crop_px)
+    return label_of_view(label, shown, params, recipe=recipe, ignore_index=ignore_index)
+
+
+def label_of_view(
+    label: np.ndarray,
+    shown: np.ndarray,
+    params: np.ndarray | np.void,
+    *,
+    recipe: ViewRecipe,
+    ignore_index: int = IGNORE_INDEX,
+) -> np.ndarray:
+    """As `render_label`, from the valid mask of the view itself (`shown`, bool [c, c], before any paste) instead of the
+    tile's.
+    """
     p = resolve(params)
     crop = recipe.crop_px
     place = content_place(p, crop_px=crop)
     out = np.full((crop, crop), ignore_index, np.uint8)
     out[place] = resample_nearest(label, p, crop_px=crop)
-    out[~_render_valid(valid, p, crop)] = ignore_index
+    out[~shown] = ignore_index
     return out
 
 

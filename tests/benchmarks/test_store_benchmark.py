@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 BEGIN, END = (f"<!-- tables of benchmarks/store.py: {edge} -->" for edge in ("begin", "end"))
-LIMITS = {"memcpy (limit)", "raw pread (limit)"}
+LIMITS = {"memcpy (limit)", "raw pread (limit)", "pread + crc32c (limit)"}
 OURS = {f"rsmtdf, {how}" for how in ("verified", "verified, 2 threads", "unverified", "unverified, 2 threads")}
 CHECKED = {"zarr-python a[i]", "zarr-python oindex", "tensorstore, crc32c", "h5py, fletcher32"}
 UNCHECKED = {

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from rsmtdf.cli.caching import run_cache
 from rsmtdf.cli.planning import plan_cache
-from rsmtdf.cli.spreading import Scale
+from rsmtdf.cli.spreading import Scale, scale_of
 from rsmtdf.cli.worker import fill_task, make_order
 from rsmtdf.cli.workspace import load_source
 from rsmtdf.errors import StoreMismatch, TeacherError
@@ -247,6 +249,16 @@ def test_a_shard_that_somebody_else_fills_is_handed_back(world: World) -> None:
     assert outcome.report.views == 0
     assert "shards 2 to 3 of feature store" in outcome.refused
     assert fill_task(order, (2, 3), "cpu", StopFlag()).report.views == 40
+
+
+def test_the_documented_file_for_slurm_is_one(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = types.ModuleType("dask_jobqueue")
+    fake.SLURMCluster = object
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", fake)
+    file = str(repo / "docs" / "slurm.yaml")
+    scale = scale_of(devices=None, processes=None, scheduler=file, shard_range=None, init=False)
+    assert (scale.cluster.kind, scale.cluster.jobs, scale.cluster.device) == ("SLURMCluster", (1, 16), "cuda:0")
+    assert scale.cluster.options["walltime"] == "04:00:00", "unquoted, YAML would make a number of it"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def fill_shards(
         with store.claim(sorted(wanted)):
             # Read again now that the shards are ours: another process may have finished some in between.
             work = plan_work(read_states(store, names, wanted), mendable)
-            views = made_views(work, maker, pool, ahead=2 * (size + workers), trace=trace)
+            keeping = store.pixels is not None
+            views = made_views(work, maker, pool, ahead=2 * (size + workers), trace=trace, keeping=keeping)
             lesson = Lesson(
                 store,
                 teachers,

@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+import numpy as np
+
 from rsmtdf.stages.cache.trace import TimedReader, Trace
 from rsmtdf.stages.cache.work import Work
+from rsmtdf.views.kept import kept_of
 from rsmtdf.views.maker import UnreadableTile, ViewMaker
 from rsmtdf.views.view import View, view_crc
 
@@ -29,6 +32,8 @@ class MadeView:
 
     view: View
     crc: int
+    kept: Mapping[str, np.ndarray] | None = None
+    """What is stored of it; None where the store keeps no pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,8 @@ class Finished:
     work: Work
     crcs: dict[int, int] = field(default_factory=dict)
     """Row -> checksum of its pixels, of the views that were made."""
+    kept: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    """Row -> what is stored of the view, where the store keeps pixels."""
     bad: dict[int, str] = field(default_factory=dict)
     """Row -> why it is missing."""
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -90,11 +97,12 @@ def run_ahead(items: Iterator[T], pool: ThreadPoolExecutor, *, ahead: int, trace
 
 
 def made_views(
-    work: Iterable[Work], maker: ViewMaker, pool: ThreadPoolExecutor, *, ahead: int, trace: Trace
+    work: Iterable[Work], maker: ViewMaker, pool: ThreadPoolExecutor, *, ahead: int, trace: Trace, keeping: bool = False
 ) -> Iterator[Made]:
     """Every view of `work` in order, at most `ahead` of them begun before they are taken.
 
-    The two views of a pair come from one task, so each tile is rendered once.
+    The two views of a pair come from one task, so each tile is rendered once. With `keeping`, each comes with what is
+    stored of it.
     """
     clock = TimedReader(maker.reader)
     timed = maker.reading_through(clock)
@@ -102,7 +110,7 @@ def made_views(
     def make(unit: Sequence[int], futures: Sequence[Future[MadeView | UnreadableTile]]) -> None:
         begun, read = time.perf_counter(), clock.seconds
         try:
-            made = [v if isinstance(v, UnreadableTile) else MadeView(v, view_crc(v)) for v in timed.attempted(unit)]
+            made = _kept(timed, unit) if keeping else _made(timed, unit)
         except BaseException as error:  # noqa: BLE001 (handed to whoever waits for the views)
             for future in futures:
                 future.set_exception(error)
@@ -132,6 +140,17 @@ def made_views(
         yield item, row, future.result()
 
 
+def _made(maker: ViewMaker, unit: Sequence[int]) -> list[MadeView | UnreadableTile]:
+    return [v if isinstance(v, UnreadableTile) else MadeView(v, view_crc(v)) for v in maker.attempted(unit)]
+
+
+def _kept(maker: ViewMaker, unit: Sequence[int]) -> list[MadeView | UnreadableTile]:
+    return [
+        both if isinstance(both, UnreadableTile) else MadeView(both[1], view_crc(both[1]), kept_of(*both))
+        for both in maker.weak_and_attempted(unit)
+    ]
+
+
 def batches(views: Iterable[Made], *, batch: int, keep_going: bool) -> Iterator[Batch | Finished]:
     """What is to be shown to which teachers, and after the last batch of each shard, that it is finished.
 
@@ -151,6 +170,8 @@ def batches(views: Iterable[Made], *, batch: int, keep_going: bool) -> Iterator[
                 done.bad[row] = done.changed[row] = changed
                 continue
             done.crcs[row] = made.crc
+            if made.kept is not None:
+                done.kept[row] = made.kept
             for of in groups:
                 if of.wants(row):
                     of.rows.append(row)

@@ -12,6 +12,7 @@ import torch
 
 from rsmtdf.errors import StoreMismatch
 from rsmtdf.specs import Teacher
+from rsmtdf.stages.cache.pixels import keep_made
 from rsmtdf.stages.cache.report import CacheReport, LedgerRow
 from rsmtdf.stages.cache.supply import Finished
 from rsmtdf.stages.cache.teach import Harvest
@@ -72,6 +73,7 @@ class ShardWriter:
             harvest.wait()
         with self._trace.span("write"):
             written = self._commit(done, harvest)
+            keep_made(self._store, done)
         with self._lock:
             report = self._report
             report.views += len(done.crcs)

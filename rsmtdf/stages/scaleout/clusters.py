@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 2
 """Tasks at a time in a worker: one makes views while the other has the device."""
-CONNECT_S = 10.0
+CONNECT_S = 5.0
 _LOOK_S = 2.0
 _PATIENT_S = 30.0
 _STOP_S = 3.0
@@ -61,12 +61,29 @@ def _scheduler_crew(
         yield DaskCrew(client, name=f"Dask at {address}", device=device, resources=resources)
 
 
+def require(scheduler: str) -> None:
+    """Passes if `scheduler` (an address, `cuda` or a batch system's class) can be used from here.
+
+    Raises:
+        WorkerError: nobody answers at the address.
+        ConfigError: a package is missing.
+    """
+    if "://" in scheduler:
+        with running_scheduler(scheduler, device="cpu"):
+            return
+    elif scheduler == "cuda":
+        _cuda()
+    else:
+        _jobs(scheduler)
+
+
 @contextlib.contextmanager
 def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
     """`workers` Dask workers of this machine, each a process under a nanny that replaces it when it dies."""
     import distributed
 
-    # Memory of pinned buffers and decoded scenes is not Dask's to count: it would pause and kill workers for it.
+    # Memory of pinned buffers and decoded scenes is not Dask's to count: it would pause and kill workers for it. What a
+    # task raises comes back and is said once, so workers need not print it with a traceback.
     with _opened(
         distributed.LocalCluster,
         n_workers=workers,
@@ -74,7 +91,7 @@ def local_cluster(workers: int, *, device: str) -> Iterator[DaskCrew]:
         processes=True,
         memory_limit=0,
         dashboard_address=":0",
-        silence_logs=False,
+        silence_logs=logging.CRITICAL,
     ) as cluster:
         yield from _crew_of(cluster, name=f"{workers} Dask workers on this machine", device=device, resources=None)
 
@@ -86,9 +103,8 @@ def cuda_cluster() -> Iterator[DaskCrew]:
     Raises:
         ConfigError: dask-cuda is not installed.
     """
-    kind = _optional("dask_cuda", "LocalCUDACluster", instead="--devices all needs nothing more than CUDA")
     with _opened(
-        kind, threads_per_worker=THREADS, memory_limit=None, device_memory_limit=None, dashboard_address=":0"
+        _cuda(), threads_per_worker=THREADS, memory_limit=None, device_memory_limit=None, dashboard_address=":0"
     ) as cluster:
         yield from _crew_of(cluster, name="Dask workers, one per GPU", device="cuda:0", resources=None)
 
@@ -114,8 +130,7 @@ def job_cluster(
     Raises:
         ConfigError: dask-jobqueue is not installed, or does not like the options.
     """
-    made = _optional("dask_jobqueue", kind, instead="--shard-range i/n in a job array needs no scheduler")
-    with _opened(made, **options) as cluster:
+    with _opened(_jobs(kind), **options) as cluster:
         if isinstance(jobs, int):
             cluster.scale(jobs=jobs)
         else:
@@ -252,13 +267,23 @@ def _quiet() -> Iterator[None]:
     one that dies or is slow to end, and with a traceback of messages that a client which is closing has not fetched.
     What matters of it `DaskCrew` and the summary say in words of stage 1.
     """
-    logger = logging.getLogger("distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]  # those that Dask sets up
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _cuda() -> Any:
+    return _optional("dask_cuda", "LocalCUDACluster", instead="--devices all needs nothing more than CUDA")
+
+
+def _jobs(kind: str) -> Any:
+    return _optional("dask_jobqueue", kind, instead="--shard-range i/n in a job array needs no scheduler")
 
 
 def _optional(module: str, name: str, *, instead: str) -> Any:

@@ -18,6 +18,7 @@ from rsmtdf.store.queries import strong_pairs, weak_rows
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.student.model import Student
 from rsmtdf.student.spec import StudentSpec
+from rsmtdf.views.kept import KeptViews
 from rsmtdf.views.maker import ViewMaker
 
 
@@ -59,6 +60,8 @@ class TrainJob:
     validate: Callable[[Student], dict[str, Any]] | None
     """Scores a student on the validation tiles; None where there are none."""
     ranks: Ranks = Ranks()
+    kept: KeptViews | None = None
+    """Stored pixels, read in place of being made; None: all views are made."""
 
 
 def build_schedule(
@@ -109,4 +112,4 @@ def build_schedule(
 
 def resumable_config(train: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with its first part."""
-    return train.model_dump(mode="json", exclude={"workers", "feature_threads"})
+    return train.model_dump(mode="json", exclude={"workers", "feature_threads", "stored_pixels"})

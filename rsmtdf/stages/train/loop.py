@@ -149,7 +149,7 @@ class _Loop:
         self._per_step = config.batch // (config.micro_batch * job.ranks.world)
         # A step takes all of its micro-batches at once: the next step's are made while it computes.
         ahead = max(2, self._per_step)
-        self._maker = BatchMaker(maker=job.maker, check=check, workers=config.workers, ahead=ahead)
+        self._maker = BatchMaker(maker=job.maker, check=check, workers=config.workers, ahead=ahead, kept=job.kept)
         self._ahead = ahead
         self._feature_wait = 0.0
         self._reading = contextlib.ExitStack()
