@@ -194,7 +194,7 @@ def _fill_here(order: Order, shards: Sequence[int], *, device: str, stop: StopFl
             desk.store,
             teachers=desk.teachers,
             maker=desk.maker,
-            batch=cache.batch,
+            batch=desk.batch,
             workers=cache.workers,
             stop=stop,
             shards=shards,

@@ -68,6 +68,8 @@ class Desk:
     store: FeatureStore
     maker: ViewMaker
     teachers: Mapping[str, Teacher]
+    batch: int
+    """Views that they see at a time, chosen once."""
     turn: threading.Lock
     """Of two tasks in one worker, one has the device, and the other makes its first views meanwhile."""
 
@@ -104,7 +106,7 @@ def fill_task(order: Order, shards: tuple[int, ...], device: str, stop: StopFlag
             desk.store,
             teachers=desk.teachers,
             maker=desk.maker,
-            batch=cache.batch,
+            batch=desk.batch,
             workers=cache.workers,
             stop=stop,
             shards=shards,
@@ -158,7 +160,14 @@ def _opened(order: Order, device: str) -> Desk:
     teachers = _built(teacher_sources(experiment), student_grid(experiment), device)
     for teacher in teachers.values():
         store.expect_teacher(teacher.spec, experiment.cache.codec)
-    return Desk(experiment=experiment, store=store, maker=maker, teachers=teachers, turn=threading.Lock())
+    return Desk(
+        experiment=experiment,
+        store=store,
+        maker=maker,
+        teachers=teachers,
+        batch=stage.choose_batch(experiment.cache.batch, teachers, crop_px=store.recipe.crop_px),
+        turn=threading.Lock(),
+    )
 
 
 def _built(sources: Mapping[str, TeacherSource], grid: tuple[int, int], device: str) -> dict[str, Teacher]:
