@@ -94,24 +94,26 @@ def test_a_slow_unit_is_a_task_of_its_own() -> None:
     assert {len(units) for units in crew.given} == {1}
 
 
-def test_lost_tasks_are_cut_in_two_until_the_cause_is_alone() -> None:
-    deadly = 11
+@pytest.mark.parametrize("losses", [1, 2, 8])
+def test_lost_tasks_are_cut_in_two_until_the_cause_is_alone(losses: int) -> None:
+    """However few losses are allowed: what shares a task with the cause is not given up for it."""
+    deadly = 500
 
     def script(units: tuple[int, ...]) -> Any:
         return WorkerLost("it died") if deadly in units else done(units, seconds=0.001)
 
     crew = Scripted(script)
     found: list[int] = []
-    with pytest.raises(WorkerError, match=r"shards 11; the rest is done"):
+    with pytest.raises(WorkerError, match=r"shards 500; the rest is done"):
         spread(
-            range(64),
+            range(2000),
             work=working.note,
             crew=crew,
             stop=StopFlag(),
             on_done=lambda d: found.extend(d.units),
-            losses=8,
+            losses=losses,
         )
-    assert sorted(found) == [u for u in range(64) if u != deadly]
+    assert sorted(found) == [u for u in range(2000) if u != deadly]
 
 
 def test_a_task_that_is_lost_once_is_done_by_another_worker() -> None:

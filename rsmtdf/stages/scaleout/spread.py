@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 TARGET_S = 45.0
 """Of a task: 30 to 60 s keep a scheduler idle at thousands of workers, and a death cheap."""
 LOSSES = 4
-"""Workers that a unit may take with it before it is given up."""
+"""Workers that a unit may take with it, alone or in company, before it is given up; it must be alone then."""
 PATIENCE_S = 120.0
 """For units that somebody else has: three leases of a store on object storage, after which a dead owner's are free."""
 GRACE_S = 8.0
@@ -66,7 +66,7 @@ def spread(
         stop: ends everything: no new tasks, and workers get `grace_s` to finish what they have in hand.
         on_done: called in this thread.
         target_s: length of a task to aim at.
-        losses: workers that a unit may take with it before it is given up.
+        losses: workers that a unit may take with it before it is given up; see `LOSSES`.
         patience_s: how long units may be somebody else's.
         grace_s: see `stop`.
 
@@ -173,7 +173,8 @@ class _Job:
             )
         task = replace(task, losses=task.losses + 1)
         log.warning("a worker was lost with shards %s (%s)", task, error)
-        if task.losses >= self._losses:
+        # Never with others in the task: they may be sound, and halving will tell.
+        if task.losses >= self._losses and len(task.units) == 1:
             self.given_up.append(task)
             return
         for half in _halves(task.units):
