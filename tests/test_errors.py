@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import inspect
+import pickle
+import pkgutil
 import re
+from collections.abc import Iterator
 
 import pytest
 
+import rsmtdf
 from rsmtdf import errors
+from rsmtdf.signals import Interrupted
 
 CLASSES = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls)}
 DRAWN = re.compile(r"^(?P<indent>[\s│├└─]*)(?P<name>[A-Z]\w+)(?:\s+\((?P<base>\w+)\))?", re.MULTILINE)
@@ -42,8 +48,6 @@ def test_class_has_the_parent_and_the_stdlib_base_it_promises(name):
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_message_is_printed_as_given_and_survives_a_process_boundary(name):
-    import pickle
-
     error = CLASSES[name]("features cover 3 of 7 views")
     assert str(error) == "features cover 3 of 7 views"
     again = pickle.loads(pickle.dumps(error))
@@ -69,3 +73,28 @@ def test_public_names():
         "TrainingError",
         "WorkerError",
     }
+
+
+def descendants(of: type) -> Iterator[type]:
+    for cls in of.__subclasses__():
+        yield cls
+        yield from descendants(cls)
+
+
+def test_errors_of_every_module_survive_a_process_boundary():
+    for module in pkgutil.walk_packages(rsmtdf.__path__, "rsmtdf."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    ours = {cls for cls in descendants(errors.RsmtdfError) if cls.__module__.startswith("rsmtdf.")}
+    assert len(ours) > len(CLASSES) - 1, "some module has one of its own"
+    for cls in ours:
+        given = inspect.signature(cls.__init__).parameters.values()
+        more = {p.name: f"the {p.name}" for p in given if p.kind is p.KEYWORD_ONLY}
+        error = cls("features cover 3 of 7 views", **more)
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (cls, str(error), vars(error))
+
+
+def test_an_interruption_survives_a_process_boundary():
+    again = pickle.loads(pickle.dumps(Interrupted(15, "stopped at step 3")))
+    assert (type(again), str(again), again.exit_code) == (Interrupted, "stopped at step 3", 143)

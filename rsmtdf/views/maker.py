@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,9 @@ class UnreadableTile(DatasetError):
     def __init__(self, reason: str, *, tile: str) -> None:
         super().__init__(reason)
         self.tile = tile
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), tile=self.tile), self.args  # or no other process could make it again
 
 
 class ViewMaker:
