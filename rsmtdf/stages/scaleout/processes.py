@@ -109,8 +109,11 @@ class _Desk:
         self._run, self._grace_s = run, grace_s
         self._pool: ProcessPoolExecutor | None = None
         self._line: Connection | None = None
+        self._is_gone = False
 
     def start(self, work: Work, units: Units) -> Future[Any]:
+        if self._is_gone:
+            self._clear_away()
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe()
@@ -126,16 +129,22 @@ class _Desk:
         return future
 
     def drop(self) -> None:
-        """Forgets a process that is gone."""
-        pool, self._pool = self._pool, None
-        if self._line is not None:
-            self._line.close()
-        if pool is not None:
-            pool.shutdown(wait=False)
+        """Notes that the process is gone. Its pool is replaced by the next `start`, and not here: callbacks of futures
+        run in a thread of the pool which may hold the lock that `shutdown`, and the end of a pool's last reference,
+        take too (CPython 3.12.1 and later), and would wait for itself.
+        """
+        self._is_gone = True
+        self.tell_to_stop()
 
     def tell_to_stop(self) -> None:
         if self._line is not None:
             self._line.close()  # which the process hears, as it would our death
+
+    def _clear_away(self) -> None:
+        """Forgets a process that is gone; only in the thread of whoever gives out tasks."""
+        pool, self._pool, self._is_gone = self._pool, None, False
+        if pool is not None:
+            pool.shutdown(wait=False)
 
     def close(self) -> None:
         pool, self._pool = self._pool, None
