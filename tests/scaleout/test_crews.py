@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from rsmtdf.errors import ConfigError, TeacherError, WorkerError
 from rsmtdf.signals import Interrupted, StopFlag
-from rsmtdf.stages.scaleout import clusters, process_crew, spread
+from rsmtdf.stages.scaleout import clusters, process_crew, processes, spread
 from tests.scaleout import working
 
 LIMIT_S = 120.0
@@ -104,6 +106,34 @@ def test_a_unit_that_kills_every_process_is_named_and_the_rest_is_done(tmp_path:
     with process_crew(["cpu", "cpu"], grace_s=3.0) as crew, pytest.raises(WorkerError, match="shards 3; the rest"):
         given_to(crew, functools.partial(working.die_always, tmp_path, 3), range(12), losses=2)
     assert {p.name for p in tmp_path.iterdir()} == {f"unit.{u}" for u in range(12) if u != 3}
+
+
+def test_the_thread_that_reports_a_death_leaves_the_pool_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may hold the pool's lock, which shutting down and the end of the last reference take as well."""
+    heard_in: list[threading.Thread] = []
+    count, shut = processes.ProcessCrew._count_death, ProcessPoolExecutor.shutdown
+
+    def shutdown(pool: ProcessPoolExecutor, *args: Any, **options: Any) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        shut(pool, *args, **options)
+
+    def count_death(crew: Any, desk: Any) -> None:
+        pool = weakref.ref(desk._pool)
+        count(crew, desk)
+        assert pool() is not None
+        heard_in.append(threading.current_thread())
+
+    monkeypatch.setattr(ProcessPoolExecutor, "shutdown", shutdown)
+    monkeypatch.setattr(processes.ProcessCrew, "_count_death", count_death)
+    with process_crew(["cpu"], grace_s=3.0) as crew:
+        found, _ = given_to(crew, functools.partial(working.die_once, tmp_path, 2), range(5))
+    assert set(units_of(found)) == set(range(5))
+    assert [thread is threading.main_thread() for thread in heard_in] == [False]
+
+
+def test_an_error_that_cannot_be_sent_comes_in_words(crew: Any, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="Stubborn: the disk is on fire"):
+        given_to(crew, working.fail_stubbornly, range(3))
 
 
 def test_a_scheduler_outlives_its_client(cluster: distributed.LocalCluster, tmp_path: Path) -> None:

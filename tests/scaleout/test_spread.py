@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import signal
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from rsmtdf.errors import ConfigError, TeacherError, WorkerError
 from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.stages.scaleout import SerialCrew, WorkerLost, piece, spread
+from rsmtdf.stages.scaleout import crew as crews
 from rsmtdf.stages.scaleout.tasks import Tasks
 from tests.scaleout import working
 from tests.scaleout.working import Done
@@ -76,6 +78,20 @@ def test_every_unit_is_done_once_by_this_process(tmp_path: Path) -> None:
     assert sorted(found) == [3, 5, 7]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unit.3", "unit.5", "unit.7"]
     assert (tally.retries, tally.deaths) == (0, 0)
+
+
+def test_a_run_has_one_flag_whichever_thread_asks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2)
+
+    class Slow(StopFlag):
+        def __init__(self) -> None:
+            together.wait()
+            super().__init__()
+
+    monkeypatch.setattr(crews, "StopFlag", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(crews.told_to_stop, ["one run", "one run"])
+    assert one is other
 
 
 def test_tasks_grow_to_the_length_that_is_aimed_at_and_shrink_towards_the_end() -> None:

@@ -72,3 +72,14 @@ def linger_deaf(folder: Path, units: tuple[int, ...], device: str, stop: StopFla
     (folder / f"begun.{units[0]}").touch()
     time.sleep(600)
     raise AssertionError("nobody ended it")
+
+
+class Stubborn(Exception):
+    """Not made again from its arguments."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(f"{what} is {where}")
+
+
+def fail_stubbornly(units: tuple[int, ...], device: str, stop: StopFlag) -> Done:
+    raise Stubborn("the disk", where="on fire")

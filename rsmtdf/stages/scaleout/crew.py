@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+import logging
+import pickle
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from rsmtdf.errors import WorkerError
 from rsmtdf.signals import Interrupted, StopFlag
+
+log = logging.getLogger(__name__)
 
 Units = tuple[int, ...]
 """Numbers of what a task is to do, ascending."""
@@ -69,18 +73,32 @@ class Crew(Protocol):
         ...
 
 
-@functools.cache
+_FLAGS: dict[str, StopFlag] = {}
+
+
 def told_to_stop(run: str) -> StopFlag:
     """The flag of one run in this worker process, which its crew raises from afar."""
-    return StopFlag()
+    return _FLAGS.setdefault(run, StopFlag())  # one, however many threads ask for it first
 
 
 def run_here(work: Work, units: Units, device: str, run: str) -> Any:
-    """What a worker process runs: `work` with the flag of the run; None where it was told to end."""
+    """What a worker process runs: `work` with the flag of the run; None where it was told to end.
+
+    Raises:
+        Exception: what `work` raised, or its words where it would not survive the way back: a pool takes an exception
+            that cannot be unpickled for a dead worker.
+    """
     try:
         return work(units, device, told_to_stop(run))
     except Interrupted:
         return None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # whatever its own code raises
+            log.debug("this error cannot be sent as it is", exc_info=error)
+            raise WorkerError(f"{type(error).__name__}: {error}") from None
+        raise
 
 
 class SerialCrew:
