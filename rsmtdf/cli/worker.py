@@ -6,17 +6,17 @@ once, and keeps them as long as orders are equal. Threads make the views, never 
 
 from __future__ import annotations
 
-import functools
+import gc
 import hashlib
 import json
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import rsmtdf
 from rsmtdf.cli.planning import student_grid, teacher_sources
@@ -26,7 +26,7 @@ from rsmtdf.data.dataset import Dataset
 from rsmtdf.errors import ConfigError, StoreBusy
 from rsmtdf.objects import store_path
 from rsmtdf.signals import StopFlag
-from rsmtdf.specs import Teacher
+from rsmtdf.specs import Teacher, digest, to_dict
 from rsmtdf.stages import cache as stage
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.teachers.registry import build_teacher
@@ -42,6 +42,10 @@ class Order:
     """Its place, as they see it."""
     contents: str
     """Digest of the rows and teachers that the store had: when it has grown, it is opened anew."""
+    run: str
+    """Of the command that gave it. A worker that lives longer opens everything anew for the next one: images and
+    weights may have changed under the same paths.
+    """
     data_root: str
     experiment: str
     """JSON."""
@@ -84,6 +88,7 @@ def make_order(store: FeatureStore, experiment: Experiment, *, data_root: Path, 
     return Order(
         store=str(store.path.resolve()) if isinstance(store.path, Path) else str(store.path),
         contents=_contents(store),
+        run=uuid.uuid4().hex,
         data_root=str(data_root.resolve()),
         experiment=json.dumps(record, sort_keys=True),
         threads=threads,
@@ -97,8 +102,8 @@ def fill_task(order: Order, shards: tuple[int, ...], device: str, stop: StopFlag
         RsmtdfError: the order cannot be opened here, or a shard cannot be filled, wherever it is tried.
         Interrupted: `stop` was raised.
     """
-    begun = time.perf_counter()
     desk = open_desk(order, device)
+    begun = time.perf_counter()  # opening is no waiting for somebody else's shards
     cache = desk.experiment.cache
     report, refused = stage.CacheReport(), None
     try:
@@ -131,7 +136,10 @@ def open_desk(order: Order, device: str) -> Desk:
             "install the same version on all machines"
         )
     with _OPENING:
-        return _opened(order, device)
+        if (order, device) not in _OPEN:
+            _clear_away()
+            _OPEN[order, device] = _opened(order, device)
+        return _OPEN[order, device]
 
 
 def worker_name(device: str) -> str:
@@ -139,9 +147,22 @@ def worker_name(device: str) -> str:
 
 
 _OPENING = threading.Lock()
+_OPEN: dict[tuple[Order, str], Desk] = {}
+"""At most one."""
 
 
-@functools.lru_cache(1)
+def _clear_away() -> None:
+    """Gives up what is open before the next is opened, or the device would have to hold the teachers of both."""
+    import torch
+
+    if not _OPEN:
+        return
+    _OPEN.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _opened(order: Order, device: str) -> Desk:
     import torch
 
@@ -176,6 +197,9 @@ def _built(sources: Mapping[str, TeacherSource], grid: tuple[int, int], device: 
 
 
 def _contents(store: FeatureStore) -> str:
-    facts: list[Any] = [store.identity, store.n_rows, [repr(s) for s in store.segments], sorted(store.teachers)]
-    facts.append(store.pixels is not None)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    teachers = {
+        name: [to_dict(t.spec), t.codec, *(hashlib.sha256(a.tobytes()).hexdigest() for a in (t.mean, t.std))]
+        for name, t in store.teachers.items()
+    }
+    rows = [store.identity, store.n_rows, [repr(s) for s in store.segments]]
+    return digest({"rows": rows, "teachers": teachers, "has_pixels": store.pixels is not None})
