@@ -99,9 +99,9 @@ class StoreLocks:
         with self._open() as fd:
             for first, last in runs(shards):
                 if (owner := self._take(fd, first + 1, last - first + 1)) is not None:
-                    span = f"shard {first}" if first == last else f"shards {first} to {last}"
+                    taken = self._taken(fd, first, last)
                     raise StoreBusy(
-                        f"{span} of feature store {self._store} are already claimed by {owner}; let it finish, "
+                        f"{taken} of feature store {self._store} is already claimed by {owner}; let it finish, "
                         "fill another store and merge the two, or stop that process (its claim ends with it)"
                     )
             yield
@@ -159,6 +159,12 @@ class StoreLocks:
         else:
             os.pwrite(fd, note, 0)
         return None
+
+    def _taken(self, fd: int, first: int, last: int) -> str:
+        """For messages: which of the shards `first` to `last` somebody else has, as far as the kernel says."""
+        if self._whole is not None:
+            return f"shard {first}" if first == last else f"one of shards {first} to {last}"
+        return f"shard {_first_locked(fd, (first + 1) * _SLOT, (last - first + 1) * _SLOT) // _SLOT - 1}"
 
     def _owner(self, fd: int, slot: int, count: int) -> str:
         at = _first_locked(fd, slot * _SLOT, count * _SLOT) if self._whole is None else 0
