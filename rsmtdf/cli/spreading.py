@@ -18,12 +18,12 @@ import torch
 from pydantic import Field, ValidationError
 
 from rsmtdf.cli.terminal import Bar
-from rsmtdf.cli.worker import Order, TaskReport, fill_task, make_order, open_desk
+from rsmtdf.cli.worker import Order, TaskReport, fill_task, make_order
 from rsmtdf.config import Experiment, Model, read_yaml
 from rsmtdf.errors import ConfigError
 from rsmtdf.signals import StopFlag
 from rsmtdf.stages import cache as stage
-from rsmtdf.stages.scaleout import Crew, Tally, clusters, piece, process_crew, spread
+from rsmtdf.stages.scaleout import Crew, SerialCrew, Tally, clusters, piece, process_crew, spread
 from rsmtdf.store.status import DONE, SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
 
@@ -136,7 +136,9 @@ def fill_over(
     begun = time.perf_counter()
     with Bar("caching views", unit="view", total=views) as bar:
         if scale.is_here:
-            filled = _fill_here(order, shards, device=device, stop=stop, bar=bar)
+            # As a crew of one: a shard that somebody else has is waited for, and only a task's shards are claimed.
+            filled = _fill_by(SerialCrew(device=device, stop=stop), order, shards, stop=stop, bar=bar)
+            filled.facts.clear()  # nothing was spread
         else:
             with _crew(scale, device=device) as crew:
                 say(f"workers    {crew.name}; {len(shards):,} shards")
@@ -182,25 +184,16 @@ def _shards(store: FeatureStore, names: Sequence[str], scale: Scale) -> tuple[li
         return np.unique(rows // store.shard_views).tolist(), len(rows)
     index, pieces = scale.shard_range
     # Of all shards, not of those missing: so the pieces are the same whenever each of them starts.
-    mine = list(piece(store.n_shards, index=index, pieces=pieces))
-    return mine, sum(len(store.rows_of_shard(k)) for k in mine)
+    mine = piece(store.n_shards, index=index, pieces=pieces)
+    left = {k: n for k in mine if (n := _pending(store, names, k))}
+    return list(left), sum(left.values())
 
 
-def _fill_here(order: Order, shards: Sequence[int], *, device: str, stop: StopFlag, bar: Bar) -> Filled:
-    desk = open_desk(order, device)
-    cache = desk.experiment.cache
-    return Filled(
-        stage.fill_shards(
-            desk.store,
-            teachers=desk.teachers,
-            maker=desk.maker,
-            batch=desk.batch,
-            workers=cache.workers,
-            stop=stop,
-            shards=shards,
-            progress=bar.advance,
-        )
-    )
+def _pending(store: FeatureStore, names: Sequence[str], shard: int) -> int:
+    """Views of `shard` that are not finished, those skipped before included; reads the status of no other shard."""
+    places = store.rows_of_shard(shard) - shard * store.shard_views
+    arrays = [store.view_status_array, *(store.teacher(name).status for name in names)]
+    return int(np.any([state_of(a.read_shard(shard))[places] != DONE for a in arrays], axis=0).sum())
 
 
 def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag, bar: Bar) -> Filled:
@@ -218,7 +211,7 @@ def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag,
         bar.advance(outcome.report.views, report.bytes_written)
 
     tally = spread(shards, work=functools.partial(fill_task, order), crew=crew, stop=stop, on_done=take)
-    report.devices = max(len(workers), 1)
+    report.devices = max(min(len(workers), crew.most_workers), 1)  # not all that came after one that died
     return Filled(report, {"spread": _spread_facts(crew, tally, workers)})
 
 

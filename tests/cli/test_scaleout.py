@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -9,6 +11,7 @@ import shutil
 import signal
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rsmtdf.cli import spreading, worker
 from rsmtdf.cli.caching import run_cache
 from rsmtdf.cli.planning import plan_cache
-from rsmtdf.cli.spreading import Scale, scale_of
+from rsmtdf.cli.spreading import Scale, fill_over, scale_of
 from rsmtdf.cli.worker import fill_task, make_order
 from rsmtdf.cli.workspace import load_source
 from rsmtdf.errors import StoreMismatch, TeacherError
 from rsmtdf.signals import StopFlag
-from rsmtdf.stages.scaleout import SerialCrew, clusters, process_crew, spread
+from rsmtdf.stages.scaleout import SerialCrew, clusters, piece, process_crew, spread
 from rsmtdf.store.status import state_of
 from rsmtdf.store.store import FeatureStore
 from tests.cli.test_kills import Command, Server
@@ -247,8 +251,93 @@ def test_a_shard_that_somebody_else_fills_is_handed_back(world: World) -> None:
     with world.store("taken.zarr").claim([3]):
         outcome = fill_task(order, (2, 3), "cpu", StopFlag())
     assert outcome.report.views == 0
-    assert "shards 2 to 3 of feature store" in outcome.refused
+    assert "shard 3 of feature store" in outcome.refused
     assert fill_task(order, (2, 3), "cpu", StopFlag()).report.views == 40
+
+
+def test_the_time_to_open_everything_is_no_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = world.order(world.prepared("slow.zarr"))
+    clock = [0.0]
+
+    def slowly(order: Any, device: str) -> Any:
+        clock[0] += 1000.0
+        return desks(order, device)
+
+    desks = worker.open_desk
+    monkeypatch.setattr(worker, "open_desk", slowly)
+    monkeypatch.setattr(worker, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    with world.store("slow.zarr").claim([3]):
+        outcome = fill_task(order, (2, 3), "cpu", StopFlag())
+    assert outcome.refused
+    assert outcome.seconds == 0.0
+
+
+def test_a_piece_waits_for_a_shard_that_somebody_else_fills(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = world.store(world.prepared("waits.zarr"))
+    experiment = load_source(dataset=None, config=world.folder / "tiny.yaml", overrides=()).experiment
+    refused: list[str] = []
+    taken = contextlib.ExitStack()
+    taken.enter_context(world.store("waits.zarr").claim([3]))
+
+    def fill(*args: Any) -> Any:
+        outcome = fill_task(*args)
+        if outcome.refused:
+            refused.append(outcome.refused)
+            taken.close()
+        return outcome
+
+    monkeypatch.setattr(spreading, "fill_task", fill)
+    scale = Scale(shard_range=(0, 4))
+    options = {"data_root": world.folder / "data", "device": "cpu", "stop": StopFlag(), "say": print}
+    with taken:
+        filled = fill_over(store, experiment, scale=scale, **options)
+    assert ["shard 3 of feature store" in said for said in refused] == [True]
+    assert filled.report.views == sum(len(store.rows_of_shard(k)) for k in piece(store.n_shards, index=0, pieces=4))
+    assert filled.facts == {"shard_range": "0/4", "is_last_piece": False}
+
+
+def test_the_bar_of_a_piece_counts_what_is_missing(world: World) -> None:
+    store = world.store(world.prepared("bar.zarr"))
+    mine = list(piece(store.n_shards, index=1, pieces=4))
+    fill_task(world.order("bar.zarr"), tuple(mine[:2]), "cpu", StopFlag())
+    shards, views = spreading._shards(store, TEACHERS, Scale(shard_range=(1, 4)))
+    assert shards == mine[2:]
+    assert views == sum(len(store.rows_of_shard(k)) for k in mine[2:])
+
+
+def test_a_worker_that_lives_longer_opens_everything_anew_for_the_next_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images and weights may have changed meanwhile; and the device need not hold the teachers of both runs."""
+    out = world.prepared("anew.zarr")
+    first, second = world.order(out), world.order(out)
+    assert worker.open_desk(first, "cpu") is worker.open_desk(first, "cpu")
+    old = weakref.ref(worker.open_desk(first, "cpu"))
+    build = worker.build_teacher
+    was_there: list[bool] = []
+
+    def build_alone(*args: Any, **options: Any) -> Any:
+        was_there.append(old() is not None)
+        return build(*args, **options)
+
+    monkeypatch.setattr(worker, "build_teacher", build_alone)
+    worker.open_desk(second, "cpu")
+    assert was_there == [False, False]
+
+
+@pytest.mark.parametrize("what", ["mean", "std", "weights"])
+def test_a_store_made_again_with_another_teacher_has_other_contents(world: World, what: str) -> None:
+    store = world.store("init.zarr")
+    facts = {"identity": store.identity, "n_rows": store.n_rows, "segments": store.segments, "pixels": store.pixels}
+    dense = store.teacher("dense")
+    if what == "weights":
+        other = dataclasses.replace(dense, spec=dataclasses.replace(dense.spec, weights_sha256="0" * 64))
+    else:
+        other = dataclasses.replace(dense, **{what: getattr(dense, what) + 1})
+    same = types.SimpleNamespace(**facts, teachers=dict(store.teachers))
+    changed = types.SimpleNamespace(**facts, teachers={**store.teachers, "dense": other})
+    assert worker._contents(same) == worker._contents(store)
+    assert worker._contents(changed) != worker._contents(store)
 
 
 def test_the_documented_file_for_slurm_is_one(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

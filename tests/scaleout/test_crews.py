@@ -202,6 +202,16 @@ def test_jobs_of_a_batch_system_are_asked_for_as_the_file_says(monkeypatch: pyte
         pass
 
 
+def test_a_shared_schedulers_other_workers_are_not_ours(cluster: distributed.LocalCluster) -> None:
+    with clusters.running_scheduler(cluster.scheduler_address, device="cpu") as crew:
+        crew.slots()
+        assert crew.most_workers == 2
+        for tasks, deaths in (([], 0), (["somebody-elses-1"], 0), ([f"rsmtdf-{crew._run}-1", "somebody-elses-1"], 1)):
+            crew._hear((0.0, {"action": "remove-worker", "worker": "tcp://a:1", "processing-tasks": tasks}))
+            assert crew.deaths == deaths
+        assert crew.moved == 1
+
+
 def test_packages_that_are_not_there_are_named_with_a_way_without(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("dask_cuda", "dask_jobqueue"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -145,6 +145,7 @@ class DaskCrew:
         self.name = name
         self.deaths = 0
         self.moved = 0
+        self.most_workers = 0
         self._client, self._device, self._resources = client, device, dict(resources or {}) or None
         self._run = uuid.uuid4().hex
         self._n = 0
@@ -166,6 +167,7 @@ class DaskCrew:
                     "same command again"
                 ) from error
             self._looked_at = time.monotonic()
+            self.most_workers = max(self.most_workers, len(self._threads))
             if self._threads:
                 self._seen_at = now
             elif now - self._seen_at > _PATIENT_S:
@@ -228,8 +230,10 @@ class DaskCrew:
         if isinstance(message, Mapping) and message.get("action") == "remove-worker" and not self._is_ending:
             if message.get("expected"):
                 return  # retired, or scaled down
-            self.deaths += 1
             mine = [key for key in message.get("processing-tasks", ()) if self._run in str(key)]
+            if not mine:
+                return  # whoever else uses this scheduler will know
+            self.deaths += 1
             self.moved += len(mine)
             log.warning("the worker %s was lost with %d tasks", message.get("worker", "?"), len(mine))
 

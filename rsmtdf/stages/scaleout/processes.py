@@ -57,6 +57,10 @@ class ProcessCrew:
     def name(self) -> str:
         return f"{len(self._desks)} processes on {', '.join(dict.fromkeys(d.device for d in self._desks))}"
 
+    @property
+    def most_workers(self) -> int:
+        return len(self._desks)
+
     def slots(self) -> int:
         return len(self._desks)
 
