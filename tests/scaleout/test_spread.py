@@ -80,6 +80,19 @@ def test_every_unit_is_done_once_by_this_process(tmp_path: Path) -> None:
     assert (tally.retries, tally.deaths) == (0, 0)
 
 
+def test_an_interruption_of_this_process_is_no_lost_worker(caplog: pytest.LogCaptureFixture) -> None:
+    stop = StopFlag()
+
+    def work(units: tuple[int, ...], device: str, flag: StopFlag) -> Done:
+        stop.signum = signal.SIGTERM
+        flag.check("3 views are kept")
+        return done(units)
+
+    with pytest.raises(Interrupted, match="3 views are kept"):
+        spread(range(9), work=work, crew=SerialCrew(device="cpu", stop=stop), stop=stop, on_done=print)
+    assert caplog.messages == []
+
+
 def test_a_run_has_one_flag_whichever_thread_asks_first(monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(2)
 
