@@ -96,7 +96,7 @@ def measure_stage1(folder: Path, arguments: argparse.Namespace) -> dict[str, Any
                     "gb_per_s": made.bytes_written / made.seconds / 1e9,
                     "device_busy": made.device_share,
                     "busy_s": made.busy,
-                    "limited_by": made.limited_by(arguments.workers),
+                    "limited_by": made.limited_by,
                 }
             )
         found["codecs"][codec] = rows[1:]  # the first is to warm up

@@ -255,7 +255,7 @@ def _summary(
     return {
         "store": str(out),
         **report.as_dict(),
-        "limited_by": report.limited_by(cache.workers) if report.views else None,
+        "limited_by": report.limited_by if report.views else None,
         "unreadable_tiles": unreadable,
         "left_out_tiles": left_out,
         "failed": len(unreadable) > cache.max_failures,

@@ -13,9 +13,10 @@ from rsmtdf.errors import ConfigError
 from rsmtdf.keyed import key_seed
 from rsmtdf.learning.batch import MicroBatch
 from rsmtdf.learning.ema import make_ema, update_ema
-from rsmtdf.learning.methods import METHODS, MethodConfig
+from rsmtdf.learning.methods import METHODS, Method, MethodConfig
 from rsmtdf.learning.optim import build_optimiser
 from rsmtdf.learning.step import train_step
+from rsmtdf.memory import is_out_of_memory
 from rsmtdf.pixels import normalise
 from rsmtdf.specs import FeatureSpec
 from rsmtdf.stages.plan import TrainingPace
@@ -26,7 +27,8 @@ from rsmtdf.student.model import build_student
 def measure_training(
     experiment: Experiment, features: Mapping[str, FeatureSpec], *, device: torch.device
 ) -> TrainingPace | None:
-    """The cost of a step of `experiment` on `device`; None where one micro-batch does not fit into its memory.
+    """The cost of a step of `experiment` on `device`; None where its memory cannot hold what one micro-batch takes, the
+    student, the EMA and the optimiser's state included.
 
     One micro-batch is timed, after one to warm up, and stands for all of a step; the optimiser and the EMA, which a
     step pays for once, are timed apart. Memory is the peak from the building of the student on.
@@ -41,6 +43,26 @@ def measure_training(
     used = features if method.needs_targets else {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    try:
+        whole, once = _step_seconds(experiment, used, method, device=device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    n = config.batch // config.micro_batch
+    return TrainingPace(
+        device=str(device),
+        step_seconds=n * max(whole - once, 0.0) + once,
+        micro_batches=n,
+        peak_bytes=peak_memory(device),
+    )
+
+
+def _step_seconds(
+    experiment: Experiment, used: Mapping[str, FeatureSpec], method: Method, *, device: torch.device
+) -> tuple[float, float]:
+    """Of a step of one micro-batch, and of that, what a step pays for once."""
+    config = experiment.train
     student = build_student(student_spec(experiment, used), seed=config.seed).to(device).train()
     ema = make_ema(student)
     optimiser = build_optimiser(student, fused=device.type == "cuda")
@@ -72,18 +94,8 @@ def measure_training(
         update_ema(ema, student, ratio=config.ema_ratio)
         next(ema.parameters()).sum().item()
 
-    try:
-        step()
-        whole, once = _seconds(step), _seconds(finish)
-    except torch.OutOfMemoryError:
-        return None
-    n = config.batch // config.micro_batch
-    return TrainingPace(
-        device=str(device),
-        step_seconds=n * max(whole - once, 0.0) + once,
-        micro_batches=n,
-        peak_bytes=peak_memory(device),
-    )
+    step()
+    return _seconds(step), _seconds(finish)
 
 
 def _random_batch(experiment: Experiment, features: Mapping[str, FeatureSpec], *, device: torch.device) -> MicroBatch:

@@ -74,6 +74,7 @@ class FeatureReader:
         force_zarr: bool = False,
         files: OpenShards | None = None,
         ahead: np.ndarray | None = None,
+        words: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """Opens the features of `teacher`.
 
@@ -85,6 +86,8 @@ class FeatureReader:
             force_zarr: read through zarr-python even where the fast path would do.
             files: descriptors to share with other readers; None: its own.
             ahead: bool per shard: those to be read ahead whole when first touched; None: none.
+            words: shard -> its status words, where they are read already: of other shards it knows no view then. None:
+                it reads those of all.
 
         Raises:
             StoreIncomplete: the store has no such teacher.
@@ -94,10 +97,14 @@ class FeatureReader:
         self.teacher = store.teacher(teacher)
         self._store = store
         self._verify = verify
-        words = store.status(teacher)
-        self._done = state_of(words) == DONE
+        every = store.status(teacher) if words is None else np.zeros(store.n_rows, np.uint64)
+        self._done = state_of(every) == DONE if words is None else np.zeros(store.n_rows, np.bool_)
+        for shard, part in (words or {}).items():
+            # Of zeros, only the memory that is written to is ever taken.
+            rows = slice(shard * store.shard_views, (shard + 1) * store.shard_views)
+            every[rows], self._done[rows] = part, state_of(part) == DONE
         # As a view of memory, whose items are ints at once.
-        self._words = words.data
+        self._words = every.data
         if threads < 1:
             raise ValueError(f"threads is {threads}; expected at least 1")
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="features") if threads > 1 else None

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from rsmtdf.cli import training_pace
 from rsmtdf.cli.caching import prepare_store
 from rsmtdf.cli.pacing import pace_of, priced
 from rsmtdf.cli.planning import CacheJob, plan_cache, student_grid
@@ -129,6 +130,16 @@ def test_a_plan_leaves_nothing_behind(tiny: Any, command: Any) -> None:
     assert result["training"]["peak_bytes"] > 10**6
     assert set(result["codec_bytes"]) == {"fp16", "int8", "int4"}
     assert result["outlook"]["read_bytes_per_second"] > 0
+
+
+@pytest.mark.parametrize("part", ["build_student", "make_ema", "_random_batch", "train_step"])
+def test_a_student_that_does_not_fit_has_no_pace(tiny: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def full(*given: object, **more: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(training_pace, part, full)
+    job = job_of(tiny)
+    assert training_pace.measure_training(job.workspace.experiment, job.specs, device=torch.device("cpu")) is None
 
 
 def test_without_calibration_no_time_is_guessed(tiny: Any, command: Any) -> None:

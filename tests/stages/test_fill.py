@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,12 +16,15 @@ import pytest
 import torch
 
 from rsmtdf.errors import DatasetError, StoreCorrupt, StoreError, TeacherError
-from rsmtdf.signals import StopFlag
+from rsmtdf.signals import Interrupted, StopFlag
 from rsmtdf.specs import DatasetSpec, FeatureSpec, Tile, ViewRecipe
 from rsmtdf.stages import cache
-from rsmtdf.stages.cache.supply import made_views
+from rsmtdf.stages.cache.supply import Finished, made_views
+from rsmtdf.stages.cache.teach import Harvest
 from rsmtdf.stages.cache.trace import PARTS, Trace
+from rsmtdf.stages.cache.transfer import Lane, Sent
 from rsmtdf.stages.cache.work import plan_work, read_states
+from rsmtdf.stages.cache.write import ShardWriter
 from rsmtdf.store.codecs import CODECS
 from rsmtdf.store.segments import NewSegment
 from rsmtdf.store.store import FeatureStore
@@ -272,12 +276,12 @@ def report_of(seconds: float, **busy: float) -> cache.CacheReport:
 
 
 def test_what_limited_a_run_is_what_the_device_waited_for() -> None:
-    assert report_of(10, teacher=9.2, encode=0.3, wait=0.4).limited_by(2) == "teachers"
-    assert report_of(10, teacher=5, wait=4.5, held=0.5, view=2).limited_by(2) == "views"
-    assert report_of(10, teacher=5, wait=1.5, held=3.5, view=30).limited_by(2) == "writing"
+    assert report_of(10, teacher=9.2, encode=0.3, wait=0.4).limited_by == "teachers"
+    assert report_of(10, teacher=5, wait=4.5, held=0.5, view=2).limited_by == "views"
+    assert report_of(10, teacher=5, wait=1.5, held=3.5, view=30).limited_by == "writing"
     two = report_of(10, teacher=19, wait=0.5)
     two.devices = 2
-    assert (two.limited_by(2), two.device_share) == ("teachers", 0.95)
+    assert (two.limited_by, two.device_share) == ("teachers", 0.95)
 
 
 # Memory
@@ -334,6 +338,119 @@ def test_one_view_too_much_for_the_memory_says_what_to_do(world: World) -> None:
 def test_another_runtime_error_is_none_of_memory(world: World) -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         world.fill(Means("t", before=only_so_many(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))))
+
+
+def test_pixels_that_find_no_room_on_the_device_stay_on_the_host(
+    world: World, plainly: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are sent by a thread that cannot halve the batch; their teacher takes them in the parts that fit."""
+
+    def full(*given: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Lane, "_begun", full)
+    monkeypatch.setattr(Lane, "_pinned", full)
+    teacher = Means("t", before=only_so_many(2, torch.OutOfMemoryError("CUDA out of memory")))
+    assert world.fill(teacher).batch == 2
+    assert world.bytes_of() == plainly.bytes_of()
+
+
+def test_only_the_part_that_is_asked_for_goes_to_the_device() -> None:
+    sent = Sent(torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1), None)
+    part = Lane(torch.device("meta")).arrived(sent, slice(2, 5))
+    assert (part.device.type, len(part)) == ("meta", 3)
+
+
+def test_each_shard_says_the_batches_that_it_was_computed_in(world: World) -> None:
+    """The first shard is still to be written when memory runs out, in the second of the third shard's batches."""
+    ran_out, calls = threading.Event(), itertools.count()
+
+    def before(pixels: torch.Tensor) -> None:
+        if next(calls) == 5:
+            ran_out.set()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    write = ShardWriter.write
+
+    def late(self: ShardWriter, done: Finished, harvest: Harvest) -> None:
+        assert ran_out.wait(LIMIT_S)
+        write(self, done, harvest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWriter, "write", late)
+        world.fill(Means("t", before=before), batch=2)
+    notes = world.store.path / "provenance" / "t"
+    sizes = [json.loads((notes / f"{k}.json").read_text())["batch"] for k in range(world.store.n_shards)]
+    assert sizes == [2, 2, [2, 1]] + [1] * 9
+
+
+# A signal
+
+
+def test_a_signal_is_heard_where_no_view_can_be_made(world: World) -> None:
+    """A share that holds the images is gone, so no teacher sees anything: each look at it may take minutes."""
+    world.images.gone, stop = set(TILES), StopFlag()
+    read = world.images.read_image
+
+    def offline(tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+        stop.signum = 15
+        return read(tile)
+
+    world.images.read_image = offline  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="run the same command again"):
+        world.fill(Means("t"), stop=stop)
+    assert world.images.reads <= 2 + 2, "what two threads had in hand"
+
+
+def test_a_signal_is_heard_between_shards_without_views(world: World) -> None:
+    world.images.gone, stop = set(TILES), StopFlag()
+
+    def progress(views: int, size: int) -> None:
+        # All views are looked at before the first shard is done: whoever makes them has no more to hear.
+        assert world.images.wait_for(VIEWS)
+        stop.signum = 15
+
+    with pytest.raises(Interrupted):
+        world.fill(Means("t"), stop=stop, progress=progress, batch=VIEWS)
+    assert world.images.reads == VIEWS
+    assert len(world.store.missing_shards(["t"])) > 0
+
+
+# Views that were skipped
+
+
+def test_a_mended_view_costs_the_status_of_its_own_shard(world: World, plainly: World) -> None:
+    world.images.gone = {TILES[1]}
+    world.fill()
+    world.images.gone = set()
+    for name in ("t", "u"):
+        world.store.teacher(name).status.chunk_file(5).write_bytes(b"damaged")
+    report = world.fill(shards=range(3))
+    assert report.features == {"t": 2, "u": 2}
+    for name in ("t", "u"):
+        mended = {k: v for k, v in world.bytes_of(name).items() if int(k.split("/c.")[1].split(".")[0]) < 3}
+        assert mended.items() <= plainly.bytes_of(name).items()
+
+
+def test_a_whole_store_is_looked_through_for_skipped_views(world: World) -> None:
+    world.images.gone = {TILES[1]}
+    arguments = {"batch": 4, "workers": 2, "stop": StopFlag(), "teachers": {"t": Means("t")}, "maker": world.maker}
+    cache.fill_store(world.store, **arguments)
+    world.images.gone = set()
+    assert cache.fill_store(world.store, **arguments).features == {"t": SEEDS}
+    assert world.store.pending_rows(["t"], retry_skipped=True).size == 0
+
+
+def test_what_is_known_of_the_shards_is_small(world: World) -> None:
+    """A call may be about a million views: a few bytes for each, and no work before it is asked for."""
+    states = read_states(world.store, ["t", "u"], range(world.store.n_shards))
+    per_view = sum(a.nbytes for of in states.values() for a in (of.rows, of.seen, of.crcs, *of.states.values())) / VIEWS
+    assert per_view == 8 + 1 + 4 + 2
+    work = plan_work(states, ())
+    assert next(work).shard == 0
+    del states[7]
+    with pytest.raises(RuntimeError, match="changed size"):
+        next(work)
 
 
 # Features that are not finite

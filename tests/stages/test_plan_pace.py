@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rsmtdf.errors import DatasetError
+from rsmtdf.errors import DatasetError, TeacherError
 from rsmtdf.specs import FeatureSpec, Tile, ViewRecipe
 from rsmtdf.stages.plan import Cost, Pace, draw_sample, measure_pace
+from rsmtdf.stages.plan.measure import _fitting
 from rsmtdf.stages.plan.sample import Sample
 
 FREE = Cost(wall=0.0, cpu=0.0)
@@ -182,6 +183,39 @@ def test_a_teacher_is_timed_warm_and_in_batches_of_bearable_length(per_view: flo
     assert slow.batches[0] == 1, "the warm-up"
     assert len(slow.batches) >= 3
     assert set(slow.batches[1:]) == {shown}
+
+
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_a_batch_that_does_not_fit_is_halved_however_that_is_said(error: Exception) -> None:
+    def trial(batch: int) -> None:
+        if batch > 3:
+            raise error
+
+    assert _fitting(trial, 16) == 2
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_a_teacher_that_does_not_fit_at_all_is_an_error_that_says_so(error: Exception) -> None:
+    class Huge(SlowTeacher):
+        def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    with pytest.raises(TeacherError, match="not even one view at a time fits into the memory of cpu with slow"):
+        measure_pace(
+            sample(),
+            teachers={"slow": Huge(Watch(), per_view=0.1)},
+            codec="int8",
+            batch=4,
+            workers=1,
+            folder=None,
+            shard_bytes=1000,
+        )
 
 
 def test_broken_tiles_do_not_stop_a_calibration_unless_all_are() -> None:

@@ -17,24 +17,21 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Literal
-
-import numpy as np
 
 from rsmtdf.errors import StoreError
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
 from rsmtdf.stages.cache.report import CacheReport
 from rsmtdf.stages.cache.size import choose_batch
-from rsmtdf.stages.cache.supply import Batch, Finished, batches, made_views, run_ahead, threads
+from rsmtdf.stages.cache.supply import AHEAD, Batch, Finished, batches, made_views, run_ahead, threads
 from rsmtdf.stages.cache.teach import Harvest, Lesson, Shown
 from rsmtdf.stages.cache.trace import Trace
 from rsmtdf.stages.cache.work import Work, plan_work, read_states
 from rsmtdf.stages.cache.write import Progress, ShardWriter
-from rsmtdf.store.status import SKIPPED, state_of
 from rsmtdf.store.store import FeatureStore
 from rsmtdf.views.maker import ViewMaker
 
@@ -42,8 +39,6 @@ log = logging.getLogger(__name__)
 
 WRITERS = 2
 """Threads that write, and shards that may wait for them: encoded features of so many are in memory."""
-AHEAD = 2
-"""Batches that are made and sent to the device before the one in hand is computed."""
 
 
 def fill_store(
@@ -64,9 +59,7 @@ def fill_store(
     """
     store.clean_partials()
     # One file holds the status words of all that is sealed, so what is finished costs no look at each shard.
-    lacking = set(store.missing_shards(list(teachers)))
-    for name in teachers:
-        lacking |= {int(k) for k in np.flatnonzero(state_of(store.status(name)) == SKIPPED) // store.shard_views}
+    lacking = set(store.missing_shards(list(teachers), retry_skipped=True))
     report = fill_shards(
         store,
         teachers=teachers,
@@ -131,11 +124,12 @@ def fill_shards(
         _look_into_tiles(maker, skipped, pool, report, stop=stop)
         mendable = {row for row in skipped if not _in_the_way(maker, row, report)}
         wanted = {k for k, of in states.items() if of.is_missing or not mendable.isdisjoint(of.skipped)}
+        looked_at = list(states)
+        del states  # which grow with the views
         with store.claim(sorted(wanted)):
             # Read again now that the shards are ours: another process may have finished some in between.
             work = plan_work(read_states(store, names, wanted), mendable)
             keeping = store.pixels is not None
-            views = made_views(work, maker, pool, ahead=2 * (size + workers), trace=trace, keeping=keeping)
             lesson = Lesson(
                 store,
                 teachers,
@@ -144,23 +138,20 @@ def fill_shards(
                 trace=trace,
                 turn=device_turn,
             )
-            with ShardWriter(
-                store,
-                teachers,
-                report=report,
-                trace=trace,
-                progress=progress,
-                facts=lambda: {"batch": lesson.batch},
-            ) as writer:
-                try:
-                    _compute(lesson, batches(views, batch=size, keep_going=keep_going), writer, trace)
-                except StoreError as error:
-                    if not _is_disk_full(error):
-                        raise
-                    raise StoreError(f"{error}\n{_what_is_missing(store, work, report)}") from error
+            views = made_views(
+                work, maker, pool, ahead=2 * (size + workers), trace=trace, keeping=keeping, check=lesson.check
+            )
+            writer = ShardWriter(store, teachers, report=report, trace=trace, progress=progress)
+            try:
+                _compute(lesson, batches(views, batch=size, keep_going=keep_going), writer, trace)
+            except StoreError as error:
+                if not _is_disk_full(error):
+                    raise
+                rest = plan_work(read_states(store, names, wanted), mendable)
+                raise StoreError(f"{error}\n{_what_is_missing(store, rest, report)}") from error
         for row, reason in report.changed.items():
             log.warning("view %s stays missing: %s", store.describe(row), reason)
-        left = [row for of in read_states(store, names, states).values() for row in of.skipped]
+        left = [row for of in read_states(store, names, looked_at).values() for row in of.skipped]
         # Another process may have skipped some meanwhile, for reasons not known here.
         _look_into_tiles(maker, [r for r in left if not _in_the_way(maker, r, report)], pool, report, stop=stop)
         report.partners_lost = sum(
@@ -186,6 +177,8 @@ def _compute(lesson: Lesson, items: Iterator[Batch | Finished], writer: ShardWri
                 while len(writing) > WRITERS or (writing and writing[0].done()):
                     with trace.span("held"):
                         writing.popleft().result()
+                if not item.crcs:
+                    lesson.check()  # as `teach` does where there is a view to show
         finally:
             # Also when stopping: what the writers have in hand is finished, so keep it.
             with trace.span("held"):
@@ -204,12 +197,12 @@ def _is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def _what_is_missing(store: FeatureStore, work: Sequence[Work], report: CacheReport) -> str:
-    """How much of `work` was committed, and what is left of it."""
-    done = {row.shard for row in report.ledger}
-    left = [item for item in work if item.shard not in done]
-    views = sum(len(item.pending) for item in left)
-    size = sum(len(rows) * store.teacher(name).bytes_per_view for item in left for name, rows in item.due.items())
+def _what_is_missing(store: FeatureStore, left: Iterable[Work], report: CacheReport) -> str:
+    """How much was committed, and what is `left`."""
+    views = size = 0
+    for item in left:
+        views += len(item.pending)
+        size += sum(len(rows) * store.teacher(name).bytes_per_view for name, rows in item.due.items())
     return (
         f"The disk is full. This run committed {report.views:,} views ({report.bytes_written / 1e6:,.0f} MB); "
         f"{views:,} views are missing, for which {size / 1e6:,.0f} MB are needed"

@@ -65,13 +65,9 @@ class CacheReport:
         """The part of the time in which the devices computed and encoded, 0 to 1."""
         return min((self.busy["teacher"] + self.busy["encode"]) / max(self.seconds * self.devices, 1e-9), 1.0)
 
-    def limited_by(self, workers: int) -> str:
-        """What to give more to: the teachers' device, or views or writing, for want of which it stood still.
-
-        Args:
-            workers: threads that made views; 0 and 1 are the same.
-        """
-        del workers  # what the device waited for was measured
+    @property
+    def limited_by(self) -> str:
+        """What to give more to: the teachers' device, or views or writing, for want of which it stood still."""
         idle = {"views": self.busy["wait"], "writing": self.busy["held"]}
         longest = max(idle, key=lambda k: idle[k])
         return longest if idle[longest] > IDLE * max(self.seconds * self.devices, 1e-9) else "teachers"

@@ -23,6 +23,9 @@ from rsmtdf.views.kept import kept_of
 from rsmtdf.views.maker import UnreadableTile, ViewMaker
 from rsmtdf.views.view import View, view_crc
 
+AHEAD = 2
+"""Batches that are made and sent to the device before the one in hand is computed."""
+
 T = TypeVar("T")
 
 
@@ -97,12 +100,19 @@ def run_ahead(items: Iterator[T], pool: ThreadPoolExecutor, *, ahead: int, trace
 
 
 def made_views(
-    work: Iterable[Work], maker: ViewMaker, pool: ThreadPoolExecutor, *, ahead: int, trace: Trace, keeping: bool = False
+    work: Iterable[Work],
+    maker: ViewMaker,
+    pool: ThreadPoolExecutor,
+    *,
+    ahead: int,
+    trace: Trace,
+    keeping: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Made]:
     """Every view of `work` in order, at most `ahead` of them begun before they are taken.
 
     The two views of a pair come from one task, so each tile is rendered once. With `keeping`, each comes with what is
-    stored of it.
+    stored of it. What `check` raises, before any view is made, comes in place of it.
     """
     clock = TimedReader(maker.reader)
     timed = maker.reading_through(clock)
@@ -110,6 +120,7 @@ def made_views(
     def make(unit: Sequence[int], futures: Sequence[Future[MadeView | UnreadableTile]]) -> None:
         begun, read = time.perf_counter(), clock.seconds
         try:
+            check()
             made = _kept(timed, unit) if keeping else _made(timed, unit)
         except BaseException as error:  # noqa: BLE001 (handed to whoever waits for the views)
             for future in futures:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rsmtdf.errors import StoreError, TeacherError
+from rsmtdf.memory import is_out_of_memory
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
 from rsmtdf.stages.cache.supply import Batch, Finished
@@ -26,9 +27,6 @@ _Answer = tuple[StoredTeacher, dict[str, torch.Tensor], Lane, "torch.cuda.Event 
 """A teacher as the store has it, encoded features, the way they come, and when they are there."""
 
 log = logging.getLogger(__name__)
-
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
-"""Of messages, lower-case, by which CUDA's libraries, the CPU's allocator and others say what OutOfMemoryError says."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,17 @@ class Harvest:
         self._rows: dict[str, list[int]] = {}
         self._arrays: dict[str, dict[str, torch.Tensor]] = {}
         self._arrivals: list[torch.cuda.Event] = []
+        self._sizes: set[int] = set()
 
     @property
     def rows(self) -> Mapping[str, Sequence[int]]:
         """Teacher -> the views that it has seen, ascending."""
         return self._rows
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """Sizes of the batches that were asked for, descending: more than one where memory ran out on the way."""
+        return sorted(self._sizes, reverse=True)
 
     def take(
         self,
@@ -59,9 +63,13 @@ class Harvest:
         encoded: Mapping[str, torch.Tensor],
         lane: Lane,
         *,
+        batch: int,
         after: torch.cuda.Event | None,
     ) -> None:
-        """Starts to fetch the encoded features of `rows`, which follow those that are there."""
+        """Starts to fetch the encoded features of `rows`, which follow those that are there, computed in a batch of
+        `batch` views or, where there were fewer, of all of them.
+        """
+        self._sizes.add(batch)
         mine = self._rows.setdefault(stored.name, [])
         arrays = self._arrays.setdefault(stored.name, {})
         for name, values in encoded.items():
@@ -101,8 +109,13 @@ class Lesson:
         turn: AbstractContextManager[object],
     ) -> None:
         self.batch = batch
+        self._stopped = f"stopped; run the same command again to go on ({store.path})"
         self._store, self._teachers, self._lanes = store, teachers, lanes(teachers)
         self._stop, self._trace, self._turn = stop, trace, turn
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal came."""
+        self._stop.check(self._stopped)
 
     def show(self, items: Iterable[Batch | Finished]) -> Iterator[Shown | Finished]:
         """`items` with the pixels of each batch on their way."""
@@ -123,7 +136,7 @@ class Lesson:
         """
         rows, start = shown.batch.rows, 0
         while start < len(rows):
-            self._stop.check(f"stopped; run the same command again to go on ({self._store.path})")
+            self.check()
             part = slice(start, start + self.batch)
             try:
                 found = self._asked(shown, part)
@@ -135,7 +148,7 @@ class Lesson:
             else:
                 for stored, encoded, lane, after in found:
                     with self._trace.span("copy"):
-                        harvest.take(stored, rows[part], encoded, lane, after=after)
+                        harvest.take(stored, rows[part], encoded, lane, batch=self.batch, after=after)
                 start += self.batch
                 continue
             self._halve(shown, out_of_memory)
@@ -150,7 +163,7 @@ class Lesson:
             for name in shown.batch.names:
                 teacher, stored = self._teachers[name], self._store.teacher(name)
                 lane = self._lanes[device_of(teacher)]
-                pixels = lane.arrived(shown.sent[lane.device])[part]
+                pixels = lane.arrived(shown.sent[lane.device], part)
                 with self._trace.span("teacher"):
                     tokens = self._blaming(teacher, rows, teacher, pixels)
                 with self._trace.span("encode"):
@@ -195,10 +208,3 @@ class Lesson:
         log.warning("out of memory: going on with batches of %d", self.batch)
         if any(lane.is_cuda for lane in self._lanes.values()):
             torch.cuda.empty_cache()  # or what is left stays cut into pieces of the old size
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether `error` says so, by type or in words."""
-    if isinstance(error, TeacherError | StoreError):
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error).lower() for w in _MEMORY_WORDS)

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rsmtdf.memory import is_out_of_memory
 from rsmtdf.specs import Teacher
 from rsmtdf.views.view import View
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Pixels uint8 [b, c, c, 3] on their way to a device."""
+    """Pixels uint8 [b, c, c, 3] on their way to a device, or still on the host where they found no room there."""
 
     pixels: torch.Tensor
     arrival: torch.cuda.Event | None
+    """When they are there; None: nothing is under way."""
 
 
 class Lane:
@@ -33,7 +35,15 @@ class Lane:
         self._down = _stream(device) if self.is_cuda else None
 
     def send(self, views: Sequence[View]) -> Sent:
-        """Starts to copy the pixels of `views`."""
+        """Starts to copy the pixels of `views`; where memory is short they stay, for `arrived` to copy in parts."""
+        try:
+            return self._begun(views)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return Sent(pixels_of(views, torch.device("cpu")), None)
+
+    def _begun(self, views: Sequence[View]) -> Sent:
         if self._up is None:
             return Sent(pixels_of(views, self.device), None)
         side = views[0].pixels.shape
@@ -44,13 +54,14 @@ class Lane:
             arrival = _moment(self._up)
         return Sent(pixels, arrival)
 
-    def arrived(self, sent: Sent) -> torch.Tensor:
-        """The pixels, for what is computed from now on in the calling thread."""
-        if sent.arrival is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(sent.arrival)
-            sent.pixels.record_stream(now)  # or their memory could be given away while it is read
-        return sent.pixels
+    def arrived(self, sent: Sent, part: slice) -> torch.Tensor:
+        """The pixels of the views in `part`, for what is computed from now on in the calling thread."""
+        if sent.arrival is None:
+            return sent.pixels[part].to(self.device)  # which copies nothing that is there
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(sent.arrival)
+        sent.pixels.record_stream(now)  # or their memory could be given away while it is read
+        return sent.pixels[part]
 
     def computed(self) -> torch.cuda.Event | None:
         """The moment when all that the calling thread has asked of the device so far is done."""
@@ -72,7 +83,15 @@ class Lane:
             return _moment(self._down)
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory that the device copies into while it computes."""
+        """Memory that the device copies into while it computes; where no more can be pinned, after it."""
+        try:
+            return self._pinned(shape, dtype)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def _pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.is_cuda)
 
 

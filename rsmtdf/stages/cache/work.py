@@ -6,8 +6,10 @@ billion views.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from rsmtdf.store.status import DONE, SKIPPED, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
@@ -35,70 +37,83 @@ class Work:
         return frozenset().union(*self.due.values())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ShardStates:
-    """How far one shard is."""
+    """How far one shard is: arrays, one value per view, since there is one of these for each shard asked about."""
 
-    rows: Sequence[int]
-    """Its views, ascending."""
-    seen: Mapping[int, int]
-    """Row -> crc32c of its pixels, of the views whose pixels are recorded."""
-    states: Mapping[str, Mapping[int, int]]
-    """Teacher -> row -> state of its features."""
+    rows: np.ndarray
+    """int64: its views, ascending."""
+    seen: np.ndarray
+    """bool: whether its pixels are recorded."""
+    crcs: np.ndarray
+    """uint32: crc32c of its pixels, where they are."""
+    states: Mapping[str, np.ndarray]
+    """Teacher -> uint8: state of its features."""
 
     @property
     def skipped(self) -> list[int]:
         """The views that were skipped for some teacher, ascending."""
-        return [row for row in self.rows if any(of[row] == SKIPPED for of in self.states.values())]
+        return self._rows_where(np.any([of == SKIPPED for of in self.states.values()], axis=0))
 
     @property
     def is_missing(self) -> bool:
         """Whether a view is not finished: neither done nor skipped."""
-        return any(self.due(name) for name in self.states)
+        return any(self._is_due(name).any() for name in self.states)
 
     def kept(self, teacher: str) -> frozenset[int]:
         """The views whose features are there. Those of pixels that nobody vouches for any more are not."""
-        return frozenset(row for row in self.rows if self.states[teacher][row] == DONE and row in self.seen)
+        return frozenset(self._rows_where(self._is_kept(teacher)))
 
     def due(self, teacher: str) -> frozenset[int]:
         """The views that are to do, and were not merely skipped."""
-        skipped = {row for row in self.rows if self.states[teacher][row] == SKIPPED}
-        return frozenset(self.rows) - self.kept(teacher) - skipped
+        return frozenset(self._rows_where(self._is_due(teacher)))
+
+    def _is_kept(self, teacher: str) -> np.ndarray:
+        return np.asarray((self.states[teacher] == DONE) & self.seen)
+
+    def _is_due(self, teacher: str) -> np.ndarray:
+        return np.asarray(~self._is_kept(teacher) & (self.states[teacher] != SKIPPED))
+
+    def _rows_where(self, holds: np.ndarray) -> list[int]:
+        found: list[int] = self.rows[holds].tolist()
+        return found
 
 
 def read_states(store: FeatureStore, teachers: Iterable[str], shards: Collection[int]) -> dict[int, ShardStates]:
     """Shard -> how far it is, as on disk now."""
     order = sorted(shards)
     seen = store.view_status_array.read_shards(order)
-    words = {name: store.teacher(name).status.read_shards(order) for name in teachers}
+    done, crcs = state_of(seen) == DONE, crc_of(seen)
+    states = {name: state_of(store.teacher(name).status.read_shards(order)) for name in teachers}
     found = {}
     for k, shard in enumerate(order):
         rows = store.rows_of_shard(shard)
         slots = rows - shard * store.shard_views
-        done, crcs = state_of(seen[k][slots]) == DONE, crc_of(seen[k][slots])
         found[shard] = ShardStates(
-            rows=rows.tolist(),
-            seen=dict(zip(rows[done].tolist(), crcs[done].tolist(), strict=True)),
-            states={n: dict(zip(rows.tolist(), state_of(w[k][slots]).tolist(), strict=True)) for n, w in words.items()},
+            rows=rows,
+            seen=done[k][slots],
+            crcs=crcs[k][slots],
+            states={name: of[k][slots] for name, of in states.items()},
         )
     return found
 
 
-def plan_work(states: Mapping[int, ShardStates], mendable: Collection[int]) -> list[Work]:
+def plan_work(states: Mapping[int, ShardStates], mendable: Collection[int]) -> Iterator[Work]:
     """What shards lack, in the order of `states`; of the views that were skipped, those in `mendable` are tried."""
-    work = []
     for shard, of in states.items():
         due = {name: of.due(name) for name in of.states}
         whole = [name for name in of.states if due[name] and not of.kept(name)]
+        rows: list[int] = of.rows.tolist()
         # Where the shard is computed for another teacher, all its views are made anyway.
-        tried = set(of.rows) if whole else {row for row in of.rows if row in mendable}
+        tried = set(rows) if whole else {row for row in rows if row in mendable}
         mend: dict[str, list[int]] = {}
         for name, state in of.states.items():
-            again = [r for r in of.rows if r in due[name] or (state[r] == SKIPPED and r in tried)]
+            skipped = set(of.rows[state == SKIPPED].tolist())
+            again = sorted(due[name] | (skipped & tried))
             if name not in whole and again:
                 mend[name] = again
-        made = of.rows if whole else sorted(set().union(*mend.values()))
+        made = rows if whole else sorted(set().union(*mend.values()))
         if made:
-            recorded = {row: of.seen[row] for row in made if row in of.seen}
-            work.append(Work(shard=shard, rows=made, whole=whole, mend=mend, due=due, recorded=recorded))
-    return work
+            crcs = dict(zip(of.rows[of.seen].tolist(), of.crcs[of.seen].tolist(), strict=True))
+            recorded = {row: crcs[row] for row in made if row in crcs}
+            yield Work(shard=shard, rows=made, whole=whole, mend=mend, due=due, recorded=recorded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 class ShardWriter:
-    """Commits shards, from any number of threads, and reports each. Use it as a context manager; the caller owns the
-    shards.
+    """Commits shards, from any number of threads, and reports each; the caller owns the shards.
 
     Args:
         store: where to.
@@ -36,7 +35,6 @@ class ShardWriter:
         report: takes in what is committed.
         trace: of the seconds that it takes.
         progress: told after each commit, by one thread at a time.
-        facts: what else each shard's provenance is to say of its computation, JSON-ready.
     """
 
     def __init__(
@@ -47,19 +45,10 @@ class ShardWriter:
         report: CacheReport,
         trace: Trace,
         progress: Progress | None,
-        facts: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._store, self._teachers = store, teachers
-        self._report, self._trace, self._progress, self._facts = report, trace, progress, facts
-        self._readers: dict[str, FeatureReader] = {}
+        self._report, self._trace, self._progress = report, trace, progress
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for reader in self._readers.values():
-            reader.close()
 
     def write(self, done: Finished, harvest: Harvest) -> None:
         """Commits a shard.
@@ -96,7 +85,7 @@ class ShardWriter:
                     view_crcs=done.crcs,
                     skipped=done.bad,
                     features={name: harvest.encoded(self._store.teacher(name)) for name in work.whole},
-                    provenance=self._provenance(work.whole),
+                    provenance=self._provenance(work.whole, harvest),
                 )
             for name in work.mend:
                 # What is to do must become skipped at least; what was skipped before may stay as it is.
@@ -114,9 +103,13 @@ class ShardWriter:
         store, shard = self._store, done.work.shard
         first = shard * store.shard_views
         teacher, seen = store.teacher(name), store.view_status_array.read_shard(shard)
-        is_kept = (state_of(teacher.status.read_shard(shard)) == DONE) & (state_of(seen) == DONE)
+        words = teacher.status.read_shard(shard)
+        is_kept = (state_of(words) == DONE) & (state_of(seen) == DONE)
         kept = first + np.flatnonzero(is_kept)
-        old, new, added = self._reader(name).get_many(kept), harvest.encoded(teacher), harvest.rows.get(name, ())
+        # What is mended may be a view of a store of a billion: the words of its shard are enough.
+        with FeatureReader(store, name, words={shard: words}) as reader:
+            old = reader.get_many(kept)
+        new, added = harvest.encoded(teacher), harvest.rows.get(name, ())
         order = np.argsort(np.concatenate([kept, np.array(added, np.int64)]))
         crcs = {int(row): int(crc_of(seen)[row - first]) for row in kept}
         crcs |= {row: done.crcs[row] for row in added}
@@ -126,21 +119,15 @@ class ShardWriter:
             view_crcs=crcs,
             skipped={row: done.bad.get(row, "could not be read before, nor now") for row in absent},
             features={name: {key: np.concatenate([old[key], new[key]])[order] for key in old}},
-            provenance=self._provenance([name]) | {"added_later": sorted(added)},
+            provenance=self._provenance([name], harvest) | {"added_later": sorted(added)},
         )
 
-    def _reader(self, name: str) -> FeatureReader:
-        """One per teacher: it reads all status words when it is opened, and no shard is mended twice."""
-        with self._lock:
-            if name not in self._readers:
-                self._readers[name] = FeatureReader(self._store, name)
-            return self._readers[name]
-
-    def _provenance(self, names: Sequence[str]) -> dict[str, Any]:
+    def _provenance(self, names: Sequence[str], harvest: Harvest) -> dict[str, Any]:
+        sizes = harvest.batches
         return {
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": {name: str(device_of(self._teachers[name])) for name in names},
             "compiled": [name for name in names if getattr(self._teachers[name], "is_compiled", False)],
-            **self._facts(),
+            "batch": sizes[0] if len(sizes) == 1 else sizes,
         }

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rsmtdf.errors import DatasetError
+from rsmtdf.errors import DatasetError, TeacherError
+from rsmtdf.memory import is_out_of_memory
 from rsmtdf.specs import Teacher
 from rsmtdf.stages.plan.pace import Cost, Pace
 from rsmtdf.stages.plan.sample import Sample
@@ -66,11 +67,20 @@ def measure_pace(
 
     Raises:
         DatasetError: not one view of the sample can be made.
+        TeacherError: not one view at a time fits into memory.
     """
     decode, view, views = _time_views(sample, workers=workers, clock=clock)
     shown, costs, encode = batch, {}, {}
     for name, teacher in teachers.items():
-        costs[name], encode[name], size = _time_teacher(teacher, views, codec=codec, batch=batch, clock=clock)
+        try:
+            costs[name], encode[name], size = _time_teacher(teacher, views, codec=codec, batch=batch, clock=clock)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TeacherError(
+                f"not even one view at a time fits into the memory of {_device(teacher)} with {name}: {error}. "
+                "Free memory that other programs hold, compute in --precision bfloat16, or take another --device"
+            ) from error
         shown = min(shown, size)
     write, read = (None, None) if folder is None else _time_disk(folder, min(shard_bytes, TRIAL_BYTES), clock)
     return Pace(
@@ -131,38 +141,38 @@ def _time_teacher(
         tokens[-1, -1, -1].item()  # waits for the device
         return tokens
 
+    arrays = find_codec(codec)
+    mean, std = np.zeros(teacher.spec.dim, np.float32), np.ones(teacher.spec.dim, np.float32)
+
+    def encode(tokens: torch.Tensor) -> None:
+        for array in arrays.encode(tokens, mean=mean, std=std).values():
+            array.cpu()
+
     size = batch
     if device.type == "cpu":
         # A batch of 8 can take 10 s there, and a view costs about the same in smaller ones.
         one = _timed(lambda: show(1), clock)
         size = max(min(batch, int(TEACHER_SECONDS / max(one.wall, 1e-9))), 1)
     else:
-        size = _fitting(show, batch)
+        size = _fitting(lambda n: encode(show(n)), batch)
     passes: list[Cost] = []
     encodings: list[Cost] = []
-    arrays = find_codec(codec)
-    mean, std = np.zeros(teacher.spec.dim, np.float32), np.ones(teacher.spec.dim, np.float32)
     begun = clock()[0]
     while len(passes) < 2 or (len(passes) < MAX_BATCHES and clock()[0] - begun < TEACHER_SECONDS):
         held: list[torch.Tensor] = []
         passes.append(_timed(lambda held=held: held.append(show(size)), clock))  # type: ignore[misc]
         (tokens,) = held
-
-        def encode(tokens: torch.Tensor = tokens) -> None:
-            for array in arrays.encode(tokens, mean=mean, std=std).values():
-                array.cpu()
-
-        encodings.append(_timed(encode, clock))
+        encodings.append(_timed(lambda tokens=tokens: encode(tokens), clock))  # type: ignore[misc]
     return _median(passes, size), _median(encodings[1:], size), size
 
 
-def _fitting(show: Callable[[int], object], batch: int) -> int:
+def _fitting(trial: Callable[[int], object], batch: int) -> int:
     """The largest of `batch`, its half, its quarter, ... that memory allows; as stage 1 finds it. Warms up."""
     while True:
         try:
-            show(batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
+            trial(batch)
+        except RuntimeError as error:
+            if batch == 1 or not is_out_of_memory(error):
                 raise
             batch = max(batch // 2, 1)
         else:
