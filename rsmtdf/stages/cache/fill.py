@@ -27,6 +27,7 @@ import numpy as np
 from rsmtdf.errors import StoreError
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
+from rsmtdf.stages.cache.pixels import lack_pixels, without_pixels
 from rsmtdf.stages.cache.report import CacheReport
 from rsmtdf.stages.cache.size import choose_batch
 from rsmtdf.stages.cache.supply import Batch, Finished, batches, made_views, run_ahead, threads
@@ -134,7 +135,7 @@ def fill_shards(
         with store.claim(sorted(wanted)):
             # Read again now that the shards are ours: another process may have finished some in between.
             work = plan_work(read_states(store, names, wanted), mendable)
-            keeping = store.pixels is not None
+            keeping = lack_pixels(store, wanted)
             views = made_views(work, maker, pool, ahead=2 * (size + workers), trace=trace, keeping=keeping)
             lesson = Lesson(
                 store,
@@ -210,9 +211,13 @@ def _what_is_missing(store: FeatureStore, work: Sequence[Work], report: CacheRep
     left = [item for item in work if item.shard not in done]
     views = sum(len(item.pending) for item in left)
     size = sum(len(rows) * store.teacher(name).bytes_per_view for item in left for name, rows in item.due.items())
+    # Pixels may be missing of shards whose features are there: they are written after these.
+    pixels = without_pixels(store, [item.shard for item in work])
+    size += sum(len(rows) * store.pixels_of_shard(shard).bytes_per_view for shard, rows in pixels.items())
+    bare = f", and the pixels of {sum(map(len, pixels.values())):,}" if pixels else ""
     return (
         f"The disk is full. This run committed {report.views:,} views ({report.bytes_written / 1e6:,.0f} MB); "
-        f"{views:,} views are missing, for which {size / 1e6:,.0f} MB are needed"
+        f"{views:,} views are missing{bare}, for which {size / 1e6:,.0f} MB are needed"
     )
 
 
