@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from rsmtdf.cli.spreading import Scale, fill_over
 from rsmtdf.cli.terminal import Bar, choose_device
 from rsmtdf.cli.workspace import Source, Workspace, held_out_record
 from rsmtdf.config import Experiment
+from rsmtdf.data.dataset import Dataset
 from rsmtdf.errors import StoreError, StoreNotFound
 from rsmtdf.objects import StorePath
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher
 from rsmtdf.stages import cache as stage
+from rsmtdf.stages.scaleout import piece
 from rsmtdf.store.remove import reclaim
 from rsmtdf.store.siblings import sibling_statistics
 from rsmtdf.store.store import FeatureStore
@@ -55,8 +57,9 @@ def run_cache(
         experiment, root = job.workspace.experiment, job.workspace.dataset.root
         filled = fill_over(store, experiment, data_root=root, device=device, scale=scale, stop=stop, say=say)
         result = {**result_of(job, filled.report), **filled.facts}
-        if store.pixels is not None and scale.shard_range is None:
-            add_pixels_to(result, store, maker, workers=experiment.cache.workers, stop=stop)
+        if store.pixels is not None:
+            workers = experiment.cache.workers
+            add_pixels_to(result, store, maker, workers=workers, stop=stop, shards=_piece_of(store, scale))
         return result
     teachers = build_teachers(job, device=device, say=say)
     store, maker = prepare_store(job, teachers, stop=stop, stats_from=stats_from)
@@ -87,10 +90,30 @@ def fill_piece(
     say: Callable[[str], None],
     scale: Scale,
 ) -> dict[str, Any]:
-    """Fills a piece of a store that is prepared, as it was prepared: nothing is planned or drawn again."""
+    """Fills a piece of a store that is prepared, as it was prepared: nothing is planned or drawn again.
+
+    Where the experiment stores pixels, the store gets room for them, and the piece those of its views that are cached
+    already, too.
+    """
     experiment = source.experiment
+    if experiment.cache.store_pixels:
+        store.add_pixels()
     filled = fill_over(store, experiment, data_root=root, device=device, scale=scale, stop=stop, say=say)
-    return {**_summary(store.path, experiment, filled.report, unreadable={}, left_out=0), **filled.facts}
+    result = {**_summary(store.path, experiment, filled.report, unreadable={}, left_out=0), **filled.facts}
+    if store.pixels is not None:
+        dataset = Dataset(experiment.dataset, root)
+        maker = stage.view_maker(store, reader=dataset, tiles={t.id: t for t in dataset.tiles()})
+        workers = experiment.cache.workers
+        add_pixels_to(result, store, maker, workers=workers, stop=stop, shards=_piece_of(store, scale))
+    return result
+
+
+def _piece_of(store: FeatureStore, scale: Scale) -> Sequence[int] | None:
+    """The shards that are this run's to fill; None: all."""
+    if scale.shard_range is None:
+        return None
+    index, pieces = scale.shard_range
+    return piece(store.n_shards, index=index, pieces=pieces)
 
 
 def is_prepared(store: FeatureStore, experiment: Experiment) -> bool:
@@ -172,6 +195,8 @@ def prepare_store(
     with store.locked():
         store.refresh()  # of several processes that start together, the first prepares and the others find it done
         if as_it_is and is_prepared(store, job.workspace.experiment):
+            if job.workspace.experiment.cache.store_pixels:
+                store.add_pixels()
             return store, stage.view_maker(store, reader=job.workspace.dataset, tiles=_all_tiles(job.workspace))
         return store, _prepare(store, job, teachers, siblings, stop=stop)
 

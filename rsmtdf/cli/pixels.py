@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,28 +19,65 @@ from rsmtdf.views.maker import ViewMaker
 
 
 def fill_pixels(
-    store: FeatureStore, maker: ViewMaker, *, workers: int, stop: StopFlag, keep_going: bool = False
+    store: FeatureStore,
+    maker: ViewMaker,
+    *,
+    workers: int,
+    stop: StopFlag,
+    shards: Collection[int] | None = None,
+    keep_going: bool = False,
 ) -> cache_stage.PixelReport:
-    """Stores the pixels that are missing, of all views that are cached, and settles the store, which keeps pixels."""
-    pending = store.pending_pixels()
-    if not len(pending):
+    """Stores the pixels that are missing, of all views of `shards` (None: of the store) that are cached, and settles
+    the store, which keeps pixels.
+    """
+    if not (pending := _pending(store, shards)):
         return cache_stage.PixelReport()
-    with Bar("storing pixels", unit="view", total=len(pending)) as bar:
+    with Bar("storing pixels", unit="view", total=pending) as bar:
         report = cache_stage.store_pixels(
-            store, maker=maker, workers=workers, stop=stop, progress=bar.advance, keep_going=keep_going
+            store,
+            maker=maker,
+            workers=workers,
+            stop=stop,
+            shards=shards,
+            progress=bar.advance,
+            keep_going=keep_going,
         )
-    store.seal()
+    # Of several pieces, the one that comes last seals.
+    if shards is None or not _pending(store, None):
+        store.seal()
     return report
 
 
 def add_pixels_to(
-    result: dict[str, Any], store: FeatureStore, maker: ViewMaker, *, workers: int, stop: StopFlag
+    result: dict[str, Any],
+    store: FeatureStore,
+    maker: ViewMaker,
+    *,
+    workers: int,
+    stop: StopFlag,
+    shards: Collection[int] | None = None,
 ) -> None:
-    """Stores the pixels that stage 1 has not stored along with features, and notes in its summary how that went."""
-    report = fill_pixels(store, maker, workers=workers, stop=stop)
-    state = state_of(store.pixel_status())
-    result["pixels"] = report.as_dict() | {"stored": int((state == DONE).sum()), "missing": len(store.pending_pixels())}
+    """Stores the pixels that stage 1 has not stored along with features, everywhere or in a piece of the store, and
+    notes in its summary how that went.
+    """
+    report = fill_pixels(store, maker, workers=workers, stop=stop, shards=shards)
+    result["pixels"] = report.as_dict() | {"stored": _stored(store, shards), "missing": _pending(store, shards)}
     result["failed"] = result["failed"] or any(t not in result["unreadable_tiles"] for t in report.unreadable)
+
+
+def _pending(store: FeatureStore, shards: Collection[int] | None) -> int:
+    """How many views are cached and lack their pixels."""
+    if shards is None:
+        return len(store.pending_pixels())
+    return sum(map(len, cache_stage.without_pixels(store, shards, cached_only=True).values()))
+
+
+def _stored(store: FeatureStore, shards: Collection[int] | None) -> int:
+    """How many views have their pixels."""
+    if shards is None:
+        return int((state_of(store.pixel_status()) == DONE).sum())
+    lacking = cache_stage.without_pixels(store, shards)
+    return sum(len(store.rows_of_shard(shard)) - len(lacking.get(shard, ())) for shard in shards)
 
 
 def pixels_text(pixels: Mapping[str, Any]) -> str:

@@ -155,6 +155,11 @@ def plan_cache(source: Source, *, root: Path, out: StorePath) -> CacheJob:
             f"{out} would need {size_text(plan.new_bytes)}, but only {size_text(free)} are free there; "
             f"use another disk (--out), fewer --seeds or fewer --weak-views"
         )
+    if (most := experiment.cache.max_gb) is not None and plan.new_views and plan.store_bytes > most * 1e9:
+        raise ConfigError(
+            f"{out} would be {size_text(plan.store_bytes)} large, more than --max-gb {most:g} allows; allow more, or take "
+            "fewer --seeds (auto fits them), fewer --weak-views, a smaller --codec or fewer tiles (--pool)"
+        )
     require_one_readable(workspace)
     return CacheJob(workspace, sources, specs, plan, out, store)
 

@@ -183,7 +183,7 @@ def _shards(store: FeatureStore, names: Sequence[str], scale: Scale) -> tuple[li
         rows = store.pending_rows(names, retry_skipped=True)
         return np.unique(rows // store.shard_views).tolist(), len(rows)
     index, pieces = scale.shard_range
-    # Of all shards, not of those missing: so the pieces are the same whenever each of them starts.
+    # Of all shards, not of those missing: until the store grows, the pieces are the same whenever each of them starts.
     mine = piece(store.n_shards, index=index, pieces=pieces)
     left = {k: n for k in mine if (n := _pending(store, names, k))}
     return list(left), sum(left.values())

@@ -348,6 +348,7 @@ def test_the_documented_file_for_slurm_is_one(repo: Path, monkeypatch: pytest.Mo
     scale = scale_of(devices=None, processes=None, scheduler=file, shard_range=None, init=False)
     assert (scale.cluster.kind, scale.cluster.jobs, scale.cluster.device) == ("SLURMCluster", (1, 16), "cuda:0")
     assert scale.cluster.options["walltime"] == "04:00:00", "unquoted, YAML would make a number of it"
+    assert scale.cluster.options["worker_extra_args"] == ["--memory-limit", "0"], "docs/scaling.md says why"
 
 
 @pytest.mark.parametrize(

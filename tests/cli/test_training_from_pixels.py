@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,45 @@ def test_views_made_for_the_teachers_are_stored_along_with_them(tiny: Any) -> No
     assert result["views"] == grown.n_views - store.n_views
     assert result["pixels"] == result["pixels"] | {"stored": grown.n_views, "views": 0, "missing": 0}
     assert verify(tiny.store, stop=StopFlag()).is_sound
+
+
+def test_pieces_store_the_pixels_of_views_that_are_cached_already(tiny: Any, command: Any) -> None:
+    def piece(index: int) -> Any:
+        said = command(
+            "cache-features", "--config", tiny.config, "--out", tiny.store, "--device", "cpu", "--store-pixels",
+            "--shard-range", f"{index}/2", "--json",
+        )  # fmt: skip
+        assert said.code == 0, said.err
+        return json.loads(said.out)
+
+    first = piece(0)
+    store = FeatureStore.open(tiny.store)
+    left = len(store.pending_pixels())
+    assert 0 < left < store.n_views
+    assert first["pixels"] == first["pixels"] | {
+        "views": store.n_views - left,
+        "stored": store.n_views - left,
+        "missing": 0,
+    }
+    sealed = tiny.store / "pixels" / "status" / "sealed"
+    before = sealed.stat().st_size
+    assert piece(1)["pixels"]["views"] == left
+    assert not len(store.pending_pixels())
+    assert sealed.stat().st_size > before + 8 * left, "whoever comes last seals"
+    assert piece(0)["pixels"]["views"] == 0
+    assert verify(tiny.store, stop=StopFlag()).is_sound
+
+
+def test_a_piece_of_a_store_that_was_prepared_without_pixels_stores_its_own(tiny: Any, command: Any) -> None:
+    shutil.rmtree(tiny.store)
+    options = ("cache-features", "--config", tiny.config, "--out", tiny.store, "--device", "cpu")
+    assert command(*options, "--init").code == 0
+    said = command(*options, "--store-pixels", "--shard-range", "0/2", "--json")
+    assert said.code == 0, said.err
+    result = json.loads(said.out)
+    assert 0 < result["views"] == result["pixels"]["stored"]
+    assert result["pixels"]["views"] == 0, "nothing is made twice"
+    assert "splits" not in said.err, "a store that is prepared is not planned again"
 
 
 def test_the_plan_prices_pixels_and_a_finished_store_needs_none(tiny: Any) -> None:

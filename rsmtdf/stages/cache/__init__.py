@@ -7,7 +7,7 @@ and `fill_store` computes the missing features. `store_pixels` keeps the views t
 from rsmtdf.stages.cache.add import add_teachers
 from rsmtdf.stages.cache.fill import fill_shards, fill_store
 from rsmtdf.stages.cache.grow import Addition, covered, grow_store, plan_growth, stored_params, view_maker
-from rsmtdf.stages.cache.pixels import PixelReport, store_pixels
+from rsmtdf.stages.cache.pixels import PixelReport, store_pixels, without_pixels
 from rsmtdf.stages.cache.report import CacheReport, LedgerRow
 from rsmtdf.stages.cache.size import choose_batch
 
@@ -26,4 +26,5 @@ __all__ = [
     "store_pixels",
     "stored_params",
     "view_maker",
+    "without_pixels",
 ]

@@ -17,7 +17,7 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -25,6 +25,7 @@ from typing import Literal
 from rsmtdf.errors import StoreError
 from rsmtdf.signals import StopFlag
 from rsmtdf.specs import Teacher, Tile
+from rsmtdf.stages.cache.pixels import lack_pixels, without_pixels
 from rsmtdf.stages.cache.report import CacheReport
 from rsmtdf.stages.cache.size import choose_batch
 from rsmtdf.stages.cache.supply import AHEAD, Batch, Finished, batches, made_views, run_ahead, threads
@@ -129,7 +130,7 @@ def fill_shards(
         with store.claim(sorted(wanted)):
             # Read again now that the shards are ours: another process may have finished some in between.
             work = plan_work(read_states(store, names, wanted), mendable)
-            keeping = store.pixels is not None
+            keeping = lack_pixels(store, wanted)
             lesson = Lesson(
                 store,
                 teachers,
@@ -148,7 +149,7 @@ def fill_shards(
                 if not _is_disk_full(error):
                     raise
                 rest = plan_work(read_states(store, names, wanted), mendable)
-                raise StoreError(f"{error}\n{_what_is_missing(store, rest, report)}") from error
+                raise StoreError(f"{error}\n{_what_is_missing(store, rest, wanted, report)}") from error
         for row, reason in report.changed.items():
             log.warning("view %s stays missing: %s", store.describe(row), reason)
         left = [row for of in read_states(store, names, looked_at).values() for row in of.skipped]
@@ -191,21 +192,25 @@ def _is_disk_full(error: BaseException) -> bool:
     """Whether `error` comes from a disk, or a share of one, that is full."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         cause = cause.__cause__
     return False
 
 
-def _what_is_missing(store: FeatureStore, left: Iterable[Work], report: CacheReport) -> str:
-    """How much was committed, and what is `left`."""
+def _what_is_missing(store: FeatureStore, left: Iterable[Work], shards: Collection[int], report: CacheReport) -> str:
+    """How much was committed, and what is `left` of `shards`."""
     views = size = 0
     for item in left:
         views += len(item.pending)
         size += sum(len(rows) * store.teacher(name).bytes_per_view for name, rows in item.due.items())
+    # Pixels may be missing of shards whose features are there: they are written after these.
+    pixels = without_pixels(store, shards)
+    size += sum(len(rows) * store.pixels_of_shard(shard).bytes_per_view for shard, rows in pixels.items())
+    bare = f", and the pixels of {sum(map(len, pixels.values())):,}" if pixels else ""
     return (
         f"The disk is full. This run committed {report.views:,} views ({report.bytes_written / 1e6:,.0f} MB); "
-        f"{views:,} views are missing, for which {size / 1e6:,.0f} MB are needed"
+        f"{views:,} views are missing{bare}, for which {size / 1e6:,.0f} MB are needed"
     )
 
 

@@ -86,9 +86,9 @@ def store_pixels(
     """
     begun = time.perf_counter()
     report = PixelReport()
-    wanted = _by_shard(store, shards)
+    wanted = _pending(store, shards)
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="views") as pool, store.claim(sorted(wanted)):
-        wanted = {k: rows for k, rows in _by_shard(store, shards).items() if k in wanted}
+        wanted = {k: rows for k, rows in _pending(store, shards).items() if k in wanted}
         # Nobody else changes these shards from here on.
         with PixelReader(store) as reader:
             for shard, rows, made in _made(store, wanted, maker, pool, stop):
@@ -109,23 +109,51 @@ def store_pixels(
 def keep_made(store: FeatureStore, done: Finished) -> int:
     """Stores the pixels of views that were made for the teachers, after these; bytes written.
 
-    Where others of the shard are stored already, it is left to `store_pixels`, which copies those.
+    Where all of them are stored already, as when a teacher is added, nothing is written. Where others of the shard are,
+    it is left to `store_pixels`, which copies those.
     """
     if (pixels := store.pixels) is None or not done.kept:
         return 0
     shard, first = done.work.shard, done.work.shard * store.shard_views
-    there = first + np.flatnonzero(state_of(pixels.status.read_shard(shard)) == DONE)
-    if not set(there.tolist()) <= done.kept.keys():
+    there = {*(first + np.flatnonzero(state_of(pixels.status.read_shard(shard)) == DONE)).tolist()}
+    # What was stored counts only where the view was vouched for before it was made again.
+    if done.kept.keys() <= there & done.work.recorded.keys() or not there <= done.kept.keys():
         return 0
     return store.write_pixels(shard, views=done.kept, view_crcs={row: done.crcs[row] for row in done.kept})
 
 
-def _by_shard(store: FeatureStore, shards: Collection[int] | None) -> dict[int, list[int]]:
+def lack_pixels(store: FeatureStore, shards: Collection[int]) -> bool:
+    """Whether the store keeps pixels, and a view of `shards`, cached or not, has none yet."""
+    return bool(without_pixels(store, shards))
+
+
+def without_pixels(store: FeatureStore, shards: Collection[int], *, cached_only: bool = False) -> dict[int, list[int]]:
+    """Shard -> rows of it that have no pixels yet, in a store that keeps pixels. With `cached_only`, of those rows that
+    are cached. Reads the status words of `shards` only.
+    """
+    if (pixels := store.pixels) is None:
+        return {}
+    order = sorted(shards)
+    cached = state_of(store.view_status_array.read_shards(order)) == DONE
+    # Stored pixels count only where somebody vouches for the view.
+    lacking = ~(cached & (state_of(pixels.status.read_shards(order)) == DONE))
+    if cached_only:
+        lacking &= cached
+    found = {}
+    for k, shard in enumerate(order):
+        rows = store.rows_of_shard(shard)
+        if of := rows[lacking[k][rows - shard * store.shard_views]].tolist():
+            found[shard] = of
+    return found
+
+
+def _pending(store: FeatureStore, shards: Collection[int] | None) -> dict[int, list[int]]:
     """Shard -> rows of it that are cached and lack their pixels."""
+    if shards is not None:
+        return without_pixels(store, shards, cached_only=True)
     found: dict[int, list[int]] = {}
     for row in store.pending_pixels().tolist():
-        if shards is None or row // store.shard_views in shards:
-            found.setdefault(row // store.shard_views, []).append(row)
+        found.setdefault(row // store.shard_views, []).append(row)
     return found
 
 

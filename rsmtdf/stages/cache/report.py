@@ -19,6 +19,7 @@ class LedgerRow:
     views: int
     """Whose features were computed."""
     bytes_written: int
+    """Features, and pixels that were stored along with them."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ from rsmtdf.store.status import DONE, crc_of, state_of
 from rsmtdf.store.store import FeatureStore
 
 Progress = Callable[[int, int], None]
-"""Called with (views finished, bytes written so far) after each shard."""
+"""Called with (views finished, bytes written so far, pixels included) after each shard."""
 
 
 class ShardWriter:
@@ -62,7 +62,15 @@ class ShardWriter:
             harvest.wait()
         with self._trace.span("write"):
             written = self._commit(done, harvest)
-            keep_made(self._store, done)
+        try:
+            with self._trace.span("write"):
+                written += keep_made(self._store, done)
+        finally:
+            # The features are committed, whatever becomes of the pixels.
+            self._count(done, harvest, written)
+
+    def _count(self, done: Finished, harvest: Harvest, written: int) -> None:
+        """Notes a committed shard."""
         with self._lock:
             report = self._report
             report.views += len(done.crcs)

@@ -9,7 +9,8 @@ from rsmtdf.stages.plan.measure import Clock, measure_pace, now
 from rsmtdf.stages.plan.pace import Cost, Estimate, Pace, TrainingPace
 from rsmtdf.stages.plan.plan import Outlook, Plan, make_plan
 from rsmtdf.stages.plan.sample import Sample, draw_sample
-from rsmtdf.stages.plan.text import count_text, plan_text, size_text, time_text
+from rsmtdf.stages.plan.text import plan_text, time_text
+from rsmtdf.stages.plan.units import count_text, size_text
 
 __all__ = [
     "Amounts",

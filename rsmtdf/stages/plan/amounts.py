@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rsmtdf.config import CacheConfig, TrainConfig
 from rsmtdf.errors import ConfigError
+from rsmtdf.stages.plan.units import size_text
 
 MAX_AUTO_SEEDS = 10
 """The paper recipe's number of strong seeds, and the ceiling of `--seeds auto`."""
@@ -79,17 +80,19 @@ def resolve_amounts(
 
 def _no_room(cache: CacheConfig, pool: int, labelled: int, weak: int, size: int, budget: float) -> str:
     def need(n: int) -> float:
-        return (n * pool + weak * labelled) * size / GB
+        return (n * pool + weak * labelled) * size
 
-    ways = [f"--seeds 1 or 2 ({need(1):.1f} or {need(2):.1f} GB, weaker augmentation)"]
+    ways = [f"--seeds 1 or 2 ({size_text(need(1))} or {size_text(need(2))}, weaker augmentation)"]
     if (fits := int((budget / size - weak * labelled) // MIN_AUTO_SEEDS)) > 0:
         ways.append(f"--pool {fits} (a keyed part of the {pool:,} tiles)")
     if cache.codec != "int4":
         part = {"int8": 0.56, "fp16": 0.28}[cache.codec]
-        ways.append(f"--codec int4 ({part * need(MIN_AUTO_SEEDS):.1f} GB, {part} of the bytes, 9 % error)")
+        ways.append(f"--codec int4 ({size_text(part * need(MIN_AUTO_SEEDS))}, {part} of the bytes, 9 % error)")
     ways.append(f"fewer --weak-views (now {weak} for each of {labelled:,} labelled tiles)")
-    ways.append(f"--max-gb {math.ceil(need(MIN_AUTO_SEEDS))} with --out on a larger disk")
+    ways.append(
+        f"--max-gb {need(MIN_AUTO_SEEDS) / GB:.3g}, with --out on a larger disk where that is more than half of it"
+    )
     return (
-        f"{budget / GB:.1f} GB hold fewer than {MIN_AUTO_SEEDS} strong seeds of {pool:,} tiles in {cache.codec} "
-        f"({need(MIN_AUTO_SEEDS):.1f} GB). Ways out: {'; '.join(ways)}"
+        f"{size_text(budget)} hold fewer than {MIN_AUTO_SEEDS} strong seeds of {pool:,} tiles in {cache.codec} "
+        f"({size_text(need(MIN_AUTO_SEEDS))}). Ways out: {'; '.join(ways)}"
     )
