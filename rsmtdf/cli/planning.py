@@ -157,8 +157,8 @@ def plan_cache(source: Source, *, root: Path, out: StorePath) -> CacheJob:
         )
     if (most := experiment.cache.max_gb) is not None and plan.new_views and plan.store_bytes > most * 1e9:
         raise ConfigError(
-            f"{out} would be {size_text(plan.store_bytes)} large, more than --max-gb {most:g} allows; allow more, or take "
-            "fewer --seeds (auto fits them), fewer --weak-views, a smaller --codec or fewer tiles (--pool)"
+            f"{out} would be {size_text(plan.store_bytes)} large, more than --max-gb {most:g} allows; allow more, or "
+            "take fewer --seeds (auto fits them), fewer --weak-views, a smaller --codec or fewer tiles (--pool)"
         )
     require_one_readable(workspace)
     return CacheJob(workspace, sources, specs, plan, out, store)

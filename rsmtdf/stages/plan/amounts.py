@@ -89,9 +89,8 @@ def _no_room(cache: CacheConfig, pool: int, labelled: int, weak: int, size: int,
         part = {"int8": 0.56, "fp16": 0.28}[cache.codec]
         ways.append(f"--codec int4 ({size_text(part * need(MIN_AUTO_SEEDS))}, {part} of the bytes, 9 % error)")
     ways.append(f"fewer --weak-views (now {weak} for each of {labelled:,} labelled tiles)")
-    ways.append(
-        f"--max-gb {need(MIN_AUTO_SEEDS) / GB:.3g}, with --out on a larger disk where that is more than half of it"
-    )
+    enough = math.ceil(need(MIN_AUTO_SEEDS) / GB * 1000) / 1000
+    ways.append(f"--max-gb {enough:g}, with --out on a larger disk if this one is too small")
     return (
         f"{size_text(budget)} hold fewer than {MIN_AUTO_SEEDS} strong seeds of {pool:,} tiles in {cache.codec} "
         f"({size_text(need(MIN_AUTO_SEEDS))}). Ways out: {'; '.join(ways)}"
