@@ -22,7 +22,7 @@ from rsmtdf.stages.plan import (
     resolve_amounts,
     size_text,
 )
-from rsmtdf.stages.plan.units import count_text, size_text
+from rsmtdf.stages.plan.units import count_text
 
 SIZES = {"dense": 2_000_000, "coarse": 500_000}
 VIEW = sum(SIZES.values())
