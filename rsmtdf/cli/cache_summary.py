@@ -40,7 +40,8 @@ def summary_text(result: Mapping[str, Any]) -> str:
         lines.append(f"unreadable {tile}: {reason}")
     if len(unreadable) > SHOWN:
         lines.append(f"unreadable and {len(unreadable) - SHOWN:,} more (--json lists them all)")
-    lines.append(f"next       rsmtdf train --cache {result['store']}")
+    if result.get("is_last_piece", True):
+        lines.append(f"next       rsmtdf train --cache {result['store']}")
     return "\n".join(lines)
 
 

@@ -128,6 +128,7 @@ def test_a_piece_each_for_jobs_that_start_together_on_nothing(world: World) -> N
     for i in (0, 2):
         assert jobs[i].wait() == 0, jobs[i].said()
         assert f"piece      {i}/3, other pieces are not finished" in jobs[i].said()
+        assert "rsmtdf train" not in jobs[i].said(), "there is nothing to train from yet"
         assert "Traceback" not in jobs[i].said()
     done = set(np.flatnonzero(state_of(world.store("pieces.zarr").status("dense")) > 0) // 64)
     assert {*range(7), *range(14, 21)} <= done

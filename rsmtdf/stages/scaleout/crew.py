@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import pickle
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -99,7 +99,7 @@ def run_here(work: Work, units: Units, device: str, run: str) -> Any:
         return None
     except Exception as error:
         try:
-            pickle.loads(pickle.dumps(error))  # noqa: S301 (made in this line)
+            copy.deepcopy(error)  # which takes it apart and makes it again as pickling does
         except Exception:  # whatever its own code raises
             log.debug("this error cannot be sent as it is", exc_info=error)
             raise WorkerError(f"{type(error).__name__}: {error}") from None
