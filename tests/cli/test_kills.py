@@ -152,9 +152,10 @@ def train(server: Server, cached_tiny: Any, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def whole_run(train: Callable[..., Command], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that nothing disturbed."""
-    command = train(tmp_path_factory.mktemp("whole") / "run")
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    command = train(folder)
     assert command.wait() == 0, command.said()
-    return RunFolder.open(tmp_path_factory.getbasetemp() / "whole0" / "run")
+    return RunFolder.open(folder)
 
 
 def lines(run: Path, kind: str = "") -> int:
