@@ -191,9 +191,14 @@ def _shards(store: FeatureStore, names: Sequence[str], scale: Scale) -> tuple[li
 
 def _pending(store: FeatureStore, names: Sequence[str], shard: int) -> int:
     """Views of `shard` that are not finished, those skipped before included; reads the status of no other shard."""
+    return int((_states(store, names, shard) != DONE).any(axis=0).sum())
+
+
+def _states(store: FeatureStore, names: Sequence[str], shard: int) -> np.ndarray:
+    """[1 + teachers, views]: of each view of `shard`, the states of its pixels and of each teacher's features."""
     places = store.rows_of_shard(shard) - shard * store.shard_views
     arrays = [store.view_status_array, *(store.teacher(name).status for name in names)]
-    return int(np.any([state_of(a.read_shard(shard))[places] != DONE for a in arrays], axis=0).sum())
+    return np.stack([state_of(a.read_shard(shard))[places] for a in arrays])
 
 
 def _fill_by(crew: Crew, order: Order, shards: Sequence[int], *, stop: StopFlag, bar: Bar) -> Filled:
@@ -257,13 +262,9 @@ def _others_are_done(store: FeatureStore, names: Sequence[str], shard_range: tup
     """
     _, pieces = shard_range
     lasts = [piece(store.n_shards, index=i, pieces=pieces)[-1] for i in range(pieces) if store.n_shards >= pieces]
-    return all(_is_done(store, names, shard) for shard in reversed(lasts)) and not store.missing_shards(names)
-
-
-def _is_done(store: FeatureStore, names: Sequence[str], shard: int) -> bool:
-    places = store.rows_of_shard(shard) - shard * store.shard_views
-    arrays = [store.view_status_array, *(store.teacher(name).status for name in names)]
-    return all(np.isin(state_of(a.read_shard(shard))[places], (DONE, SKIPPED)).all() for a in arrays)
+    return all(
+        np.isin(_states(store, names, shard), (DONE, SKIPPED)).all() for shard in reversed(lasts)
+    ) and not store.missing_shards(names)
 
 
 def _devices(text: str) -> tuple[str, ...]:

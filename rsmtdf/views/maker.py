@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rsmtdf.errors import DatasetError
 from rsmtdf.specs import Tile, TileReader, ViewRecipe
 from rsmtdf.views.view import View, label_of_view, paste, render, render_both, render_label
+
+T = TypeVar("T")
 
 
 class UnreadableTile(DatasetError):
@@ -90,30 +92,11 @@ class ViewMaker:
         Raises:
             UnreadableTile: of the first view that cannot be made.
         """
-        out = []
-        for view in self.attempted(rows):
-            if isinstance(view, UnreadableTile):
-                raise view
-            out.append(view)
-        return out
+        return _all_made(self.attempted(rows))
 
     def attempted(self, rows: Sequence[int]) -> list[View | UnreadableTile]:
         """As `mixed`, with the error of the tile that stands in the way in place of each view that cannot be made."""
-        plain: dict[int, View | UnreadableTile] = {}
-
-        def base(row: int) -> View | UnreadableTile:
-            if row not in plain:
-                plain[row] = self._unmixed_or_error(row)
-            return plain[row]
-
-        out: list[View | UnreadableTile] = []
-        for row in rows:
-            view = base(row)
-            if isinstance(view, View) and self.box(row)[2]:
-                other = base(self.partner(row))
-                view = paste(view, other, self._params[row]) if isinstance(other, View) else other
-            out.append(view)
-        return out
+        return [v if isinstance(v, UnreadableTile) else v[-1] for v in self._finished(rows, self._unmixed_or_error)]
 
     def why_unreadable(self, tile: Tile) -> str | None:
         """Why the pixels of `tile` cannot be had at this moment; None where they can."""
@@ -123,9 +106,9 @@ class ViewMaker:
             return str(error)
         return None
 
-    def _unmixed_or_error(self, row: int) -> View | UnreadableTile:
+    def _unmixed_or_error(self, row: int) -> tuple[View, ...] | UnreadableTile:
         try:
-            return self.unmixed(row)
+            return (self.unmixed(row),)
         except DatasetError as error:
             return UnreadableTile(str(error), tile=self.tile(row).id)
 
@@ -135,35 +118,37 @@ class ViewMaker:
         Raises:
             UnreadableTile: of the first view that cannot be made.
         """
-        out = []
-        for both in self.weak_and_attempted(rows):
-            if isinstance(both, UnreadableTile):
-                raise both
-            out.append(both)
-        return out
+        return _all_made(self.weak_and_attempted(rows))
 
     def weak_and_attempted(self, rows: Sequence[int]) -> list[tuple[View, View] | UnreadableTile]:
         """As `weak_and_mixed`, with the error of the tile that stands in the way in place of what cannot be made."""
-        made: dict[int, tuple[View, View] | UnreadableTile] = {}
+        made = self._finished(rows, self._both_or_error)
+        return [v if isinstance(v, UnreadableTile) else (v[0], v[1]) for v in made]
 
-        def both(row: int) -> tuple[View, View] | UnreadableTile:
+    def _finished(
+        self, rows: Sequence[int], make: Callable[[int], tuple[View, ...] | UnreadableTile]
+    ) -> list[tuple[View, ...] | UnreadableTile]:
+        """What `make` makes of each row, once, with the partner's box pasted into the last of its views."""
+        made: dict[int, tuple[View, ...] | UnreadableTile] = {}
+
+        def base(row: int) -> tuple[View, ...] | UnreadableTile:
             if row not in made:
-                made[row] = self._both_or_error(row)
+                made[row] = make(row)
             return made[row]
 
-        out: list[tuple[View, View] | UnreadableTile] = []
+        out: list[tuple[View, ...] | UnreadableTile] = []
         for row in rows:
-            views = both(row)
+            views = base(row)
             if not isinstance(views, UnreadableTile) and self.box(row)[2]:
-                other = both(self.partner(row))
+                other = base(self.partner(row))
                 if isinstance(other, UnreadableTile):
                     views = other
                 else:
-                    views = views[0], paste(views[1], other[1], self._params[row])
+                    views = *views[:-1], paste(views[-1], other[-1], self._params[row])
             out.append(views)
         return out
 
-    def _both_or_error(self, row: int) -> tuple[View, View] | UnreadableTile:
+    def _both_or_error(self, row: int) -> tuple[View, ...] | UnreadableTile:
         try:
             image, valid = self._reader.read_image(self.tile(row))
         except DatasetError as error:
@@ -180,3 +165,13 @@ class ViewMaker:
         """As `label`, for a view whose valid mask bool [crop, crop] is known: no image is read."""
         tile = self.tile(row)
         return label_of_view(self._reader.read_label(tile), valid, self._params[row], recipe=self._recipe)
+
+
+def _all_made(views: Iterable[T | UnreadableTile]) -> list[T]:
+    """`views`, or the first error among them raised."""
+    out = []
+    for view in views:
+        if isinstance(view, UnreadableTile):
+            raise view
+        out.append(view)
+    return out
