@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from rsmtdf.errors import StoreError
+from rsmtdf.store.arrays import array_metadata
 
 STD_FLOOR = 1e-3
 """Below it a channel counts as constant: dividing by less would turn rounding noise into signal."""
@@ -46,6 +47,17 @@ class EncodedArray:
     @property
     def view_bytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def metadata(self, n_rows: int, *, shard_views: int) -> dict[str, Any]:
+        """Its `zarr.json` as this code writes it: a chunk is a view, a shard `shard_views` of them."""
+        return array_metadata(
+            shape=(n_rows, *self.shape),
+            dtype=self.dtype,
+            chunk=(1, *self.shape),
+            shard=(shard_views, *self.shape),
+            dims=self.dims,
+            fill=self.fill,
+        )
 
 
 class Codec(Protocol):

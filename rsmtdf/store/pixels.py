@@ -20,7 +20,7 @@ import numpy as np
 
 from rsmtdf.objects import StorePath
 from rsmtdf.specs import Stream
-from rsmtdf.store.arrays import array_metadata, group_metadata, set_length, write_metadata
+from rsmtdf.store.arrays import group_metadata, set_length, write_metadata
 from rsmtdf.store.codecs import EncodedArray
 from rsmtdf.store.manifest import PIXELS
 from rsmtdf.store.places import names, remove_tree
@@ -93,14 +93,7 @@ class StoredPixels:
 
     def array_metadata(self, array: EncodedArray, n_rows: int) -> dict[str, Any]:
         """The `zarr.json` of one of its arrays."""
-        return array_metadata(
-            shape=(n_rows, *array.shape),
-            dtype=array.dtype,
-            chunk=(1, *array.shape),
-            shard=(self.shard_views, *array.shape),
-            dims=array.dims,
-            fill=array.fill,
-        )
+        return array.metadata(n_rows, shard_views=self.shard_views)
 
     def of_shard(self, shard: int, strong: frozenset[int]) -> StoredPixels:
         """With the arrays that views of this shard have; `strong` is `strong_shards` of the store."""

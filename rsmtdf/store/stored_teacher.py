@@ -18,7 +18,6 @@ from rsmtdf.specs import FeatureSpec, from_dict, to_dict
 from rsmtdf.store.arrays import (
     METADATA,
     PlainArray,
-    array_metadata,
     damaged,
     group_metadata,
     read_metadata,
@@ -73,14 +72,7 @@ class StoredTeacher:
 
     def array_metadata(self, array: EncodedArray, n_rows: int) -> dict[str, Any]:
         """The `zarr.json` of one of its arrays as this code writes it."""
-        return array_metadata(
-            shape=(n_rows, *array.shape),
-            dtype=array.dtype,
-            chunk=(1, *array.shape),
-            shard=(self.shard_views, *array.shape),
-            dims=array.dims,
-            fill=array.fill,
-        )
+        return array.metadata(n_rows, shard_views=self.shard_views)
 
     def encode(self, features: torch.Tensor, *, rows: list[int] | None = None) -> dict[str, torch.Tensor]:
         """Array name -> encoded views, on the features' device; `rows` name the views in messages.
